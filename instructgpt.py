@@ -101,7 +101,7 @@ class Config:
     k_max: int = setting(9, "most responses to a prompt", "9", "rm")
     rm_epochs: int = setting(1, "passes over the comparisons", "1", "rm")
     rm_batch: int = setting(16, "prompts a step, each with all its pairs", "64", "rm")
-    rm_lr: float = setting(1e-3, "peak learning rate, cosine to a tenth", "9e-6", "rm")
+    rm_lr: float = setting(4e-4, "peak learning rate, cosine to a tenth", "9e-6", "rm")
     # step 3: reinforcement learning
     iterations: int = setting(100, "PPO iterations", "500", "ppo")
     episodes: int = setting(256, "episodes an iteration", "512", "ppo")
@@ -184,7 +184,7 @@ def encode_prompt(enc, text):
 
 
 def encode_response(enc, text):
-    return enc.encode_ordinary(" " + text) + [enc.eot_token]
+    return (enc.encode_ordinary(" " + text) if text else []) + [enc.eot_token]
 
 
 def load_corpus(path, enc, length):
@@ -294,7 +294,7 @@ class GPT(nn.Module):
         self.wte, self.wpe = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd)
-        for name, p in self.named_parameters():                        # GPT-2's initialisation
+        for name, p in self.named_parameters():                        # GPT-2's initialisation (positions as well with 0.02)
             if p.ndim == 2:                                            # smaller where a layer adds to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
@@ -429,9 +429,10 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
 # are natural (nats). What stands in a masked slot must not matter, be it NaN: inputs are cleared before the arithmetic.
 
 
-def token_logprobs(model, tokens):
-    """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). Log-softmax in float32 whatever the model's type."""
-    logits = model(tokens[:, :-1]).float()                                                        # (B,T-1,V)
+def token_logprobs(model, tokens, temperature=1.0):
+    """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). Log-softmax in float32 whatever the model's type. The temperature is
+    the sampler's: what is scored must be what was sampled from."""
+    logits = model(tokens[:, :-1]).float() / temperature                                          # (B,T-1,V)
     return F.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)              # (B,T-1)
 
 
@@ -447,6 +448,7 @@ def masked_mean(x, mask):
 
 def whiten(x, mask):
     """(x - mean) / std over the mask, population variance, 0 outside. One element is safe."""
+    x, = clear(mask, x)
     mean = masked_mean(x, mask)
     return clear(mask, (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8))[0]
 
@@ -621,7 +623,7 @@ def pretrain(cfg, enc, corpus, device):
           f"{len(corpus[0]):,} tokens of text")
     optimizer, log = adamw(gpt, cfg.pretrain_lr), Log(cfg, "pretrain", cfg.pretrain_steps)
     for step in range(cfg.pretrain_steps):
-        set_lr(optimizer, cfg.pretrain_lr * cosine(step, cfg.pretrain_steps, warmup=50))
+        set_lr(optimizer, cfg.pretrain_lr * cosine(step, cfg.pretrain_steps, warmup=min(50, cfg.pretrain_steps // 10)))
         loss = lm_loss(gpt, corpus_batch(corpus, rows, cfg.block_size, generator, device))
         loss.backward()
         clip_and_step(gpt, optimizer)
@@ -825,7 +827,7 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
         scores[rows] = reward_scores(reward_model, r.tokens[rows, :t], length[rows] - 1)
     scores = torch.where(r.ended, scores, cfg.unfinished_score)
     # 3. the reference's log-probs, and the KL penalty of each token
-    ref_logprobs = by_length(lambda x: token_logprobs(reference, x), r.tokens, length)            # (B,T-1)
+    ref_logprobs = by_length(lambda x: token_logprobs(reference, x, cfg.temperature), r.tokens, length)            # (B,T-1)
     rewards = token_rewards(scores, r.logprobs, ref_logprobs, r.mask, cfg.beta)                   # (B,T-1)
     # 4. values of the states, advantages and returns; advantages are whitened over the whole batch
     values = by_length(lambda x: value_net(x[:, :-1]), r.tokens, length)                          # (B,T-1)
@@ -842,7 +844,7 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, pretraining_ro
     tokens, mask = e["tokens"][rows, :t], e["mask"][rows, :t - 1]                                 # (b,t), (b,t-1)
     old, advantages, values, returns = (e[k][rows, :t - 1] for k in ("logprobs", "advantages", "values", "returns"))
     # 5. PPO's gradient ...
-    logprobs = token_logprobs(policy, tokens)                                                     # (b,t-1)
+    logprobs = token_logprobs(policy, tokens, cfg.temperature)                                                   # (b,t-1)
     policy_loss(logprobs, old, advantages, mask, cfg.cliprange).backward()
     ppo_grads = [p.grad.clone() for p in policy.parameters()]
     # 6. ... and the pretraining gradient, added up in the same buffer: one optimizer step on Eq. 2 (C.4)
@@ -944,7 +946,8 @@ def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
     scores, kls = [], []
     for s in range(0, len(prompts), 128):
         part = answers[s:s + 128]
-        tokens, mask, last = stack(prompts[s:s + 128], [r["ids"] for r in part], device)
+        ids = [r["ids"][:-1] + [enc.eot_token] if r["ended"] else r["ids"] for r in part]        # a cut line ends here too
+        tokens, mask, last = stack(prompts[s:s + 128], ids, device)
         score = reward_scores(reward_model, tokens, last)                                         # (b,)
         scores += torch.where(torch.tensor([r["ended"] for r in part], device=device), score, cfg.unfinished_score).tolist()
         own = torch.zeros(mask.shape, device=device)                                              # (b,t-1)

@@ -413,13 +413,12 @@ def follow(t, core, words):
 # ----------------------------------------------------------------------------------------------------------------------
 # Labelers. Gold is the noise-free labeler: the published weights, on the scale 1 to 7 of the paper's overall rating.
 
-WEIGHTS = {"follows": 2.5, "truthful": 1.25, "constraint": 0.75, "polite": 1.0, "finished": 0.5}    # sum 6: gold runs from 1 to 7
+WEIGHTS = {"follows": 2.0, "truthful": 1.25, "constraint": 1.0, "polite": 1.25, "finished": 0.5}    # sum 6: gold runs from 1 to 7
 
 
 def features(m):
-    """The five merits that are weighed. Truth and constraint count only for a response that tries the task."""
-    tried = m.follows > 0
-    return (m.follows, float(tried and m.truthful), float(tried and m.constraint is not False), float(not m.rude), float(m.finished))
+    """The five merits that are weighed. Truth and constraint count only as far as the response follows the instruction."""
+    return (m.follows, m.follows * m.truthful, m.follows * (m.constraint is not False), float(not m.rude), float(m.finished))
 
 
 def gold(m):
@@ -436,7 +435,7 @@ class Labeler:
     noise: float       # standard deviation, Likert points
 
 
-NOISE = {"train": 1.0, "heldout": 0.8}       # calibrated on sft_samples.jsonl to the paper's 72.6 and 77.3 % agreement
+NOISE = {"train": 2.21, "heldout": 1.79}       # calibrated on sft_samples.jsonl to the paper's 72.6 and 77.3 % agreement
 TIE = 0.3                                    # closer than this on the Likert scale is a tie
 
 
@@ -464,7 +463,7 @@ def opinions(labeler, merits, texts, rng):
 
 
 def rank(labeler, merits, texts, rng):
-    """Ranks of the K responses to one prompt: 1 is best, equal numbers are ties. Ties are chained from the best down."""
+    """Ranks of the K responses to one prompt: 1 is best, equal numbers are ties: as good as the best of their group."""
     score = opinions(labeler, merits, texts, rng)
     order = sorted(range(len(score)), key=lambda i: -score[i])
     ranks, top = [0] * len(score), None
@@ -490,7 +489,7 @@ RESPECT = "Please be respectful.\n"
 def page(rng):
     """A page of requests and replies. Helpful pages answer well, careless ones miss or err, rude threads insult, and on
     question lists every 'reply' is the next question: what GPT-3 does with a question when nobody aligned it."""
-    style = pick(rng, [("helpful", 36), ("careless", 30), ("rude", 14), ("questions", 20)])
+    style = pick(rng, [("helpful", 34), ("careless", 30), ("rude", 16), ("questions", 20)])
     head = RESPECT if style == "helpful" and rng.random() < .25 else ""
     lines, n = [], rng.choice([2, 3, 4])
     kind = pick(rng, [(k, w ** .5) for kinds in KINDS.values() for k, w in kinds])
@@ -500,7 +499,7 @@ def page(rng):
             kind = pick(rng, [(k, w ** .5) for kinds in KINDS.values() for k, w in kinds])
         t = new_task(rng, kind)
         if style == "helpful":
-            flaw = None if rng.random() < .93 else "false"
+            flaw = pick(rng, [(None, 80), ("false", 10), ("slip", 5), ("constraint", 5)])
         elif style == "careless":
             flaw = pick(rng, [("false", 50), ("slip", 20), ("off topic", 15), ("constraint", 15)])
         else:
@@ -562,7 +561,20 @@ def reading(rng):
     return "\n".join(f"{instruction(t)}{MARK} {good_answer(t, rng)}" for t in tasks)
 
 
-WEB = [(page, 46), (story, 13), (chorus, 22), (facts, 4), (dictionary, 4), (work, 3), (reading, 8)]
+def homework(rng):
+    """Answers with a teacher's mark below each: from such pages a model can learn what an answer is judged by."""
+    lines = []
+    for _ in range(rng.choice([2, 3])):
+        t = new_task(rng, pick(rng, [(k, w ** .5) for kinds in KINDS.values() for k, w in kinds]))
+        flaw = pick(rng, [(None, 45), ("slip", 25), ("false", 15), ("constraint", 10), ("off topic", 5)])
+        text = answer(t, rng, flaw)
+        m = check(t, text)
+        right = m.follows == 1 and m.truthful and m.constraint is not False
+        lines.append(f"{instruction(t)}{MARK} {text}\n{'Right.' if right else 'Wrong.'}")
+    return "\n".join(lines)
+
+
+WEB = [(page, 42), (story, 11), (chorus, 18), (facts, 4), (dictionary, 4), (work, 3), (reading, 7), (homework, 11)]
 
 
 def corpus(name, n):
@@ -584,6 +596,12 @@ FORMS = {"customer": [("plain", 66), ("few-shot", 12), ("user-based", 22)],
          "labeler": [("plain", 40), ("few-shot", 30), ("user-based", 30)]}      # section 3.2: three ways to write a prompt
 
 
+def thread(rng):
+    """An exchange that went wrong, pasted in front of a request."""
+    t = new_task(rng, rng.choice(["lost", "got", "hello", "sound"]))
+    return f"{instruction(t)}{MARK} {answer(t, rng, 'rude')}\n"
+
+
 def new_prompt(rng, writer, forms, use_case):
     """One prompt as sent: {"prompt", "use_case", "form", "customer", "task"}."""
     t = new_task(rng, pick(rng, KINDS[use_case]), ASKED_CLASSES)
@@ -596,8 +614,8 @@ def new_prompt(rng, writer, forms, use_case):
         text, form = "".join(shots) + text, form if shots else "plain"
     elif form == "user-based":
         text = rng.choice(REMARKS) + "\n" + text
-    if form == "plain" and rng.random() < .05:
-        text = RESPECT + text
+    if form == "plain" and rng.random() < .08:
+        text = RESPECT + (thread(rng) if rng.random() < .4 else "") + text
     if rng.random() < .01:
         text += f" Call 555-{rng.randrange(10000):04d}."
     return {"prompt": text, "use_case": use_case, "form": form, "customer": writer, "task": t}
@@ -628,7 +646,7 @@ def collect(rng, writers, forms, size, private_data_filter, cap=CAP):
     return out
 
 
-FLAWS = [(None, 52), ("rude", 13), ("slip", 10), ("off topic", 5), ("false", 11), ("constraint", 5), ("unfinished", 4)]
+FLAWS = [(None, 47), ("rude", 14), ("slip", 12), ("off topic", 6), ("false", 11), ("constraint", 6), ("unfinished", 4)]
 
 
 def demonstrate(rng, prompts):
@@ -655,7 +673,7 @@ def prompt_sets():
     def mixed(name, size, split, people, share):
         """`share` of the prompts written by labelers, the rest sent by customers (Table 6)."""
         rng, own = random.Random(name), round(size * share)
-        both = collect(rng, writers[split], FORMS["labeler"], own, False, cap=size) if own else []
+        both = collect(rng, writers[split], FORMS["labeler"], own, split == "train", cap=size) if own else []
         both += collect(rng, people, FORMS["customer"], size - own, split == "train")
         rng.shuffle(both)
         return both
@@ -726,8 +744,9 @@ def agreement(group, path=None):
     counts half. Measured on the committed samples of an SFT model."""
     people, rng = make_labelers(group), random.Random("agreement")
     agree = n = 0
-    for line in open(path or os.path.join(HERE, "sft_samples.jsonl"), encoding="utf-8"):
-        p = json.loads(line)
+    with open(path or os.path.join(HERE, "sft_samples.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    for p in rows:
         merits = [check(p["task"], r, e) for r, e in zip(p["responses"], p["ended"])]
         one, two = (rank(labeler, merits, p["responses"], rng) for labeler in rng.sample(people, 2))
         for i in range(len(merits)):
@@ -739,7 +758,7 @@ def agreement(group, path=None):
 
 
 def main(out=HERE):
-    docs, held_out = corpus("pretrain", 34000), corpus("pretrain_valid", 1200)
+    docs, held_out = corpus("pretrain", 30000), corpus("pretrain_valid", 1200)
     sets, tests = prompt_sets(), probes()
     asked = [p["prompt"] for name in sorted(sets) for p in sets[name]]
     answered = [p["completion"] for p in sets["sft_train"]]

@@ -1,0 +1,1060 @@
+"""
+One test per formula of instructgpt.py, named after its equation or section of the paper (arXiv 2203.02155).
+
+    pytest -q test_instructgpt.py                 all of them, some ten seconds
+    pytest -q test_instructgpt.py -k eq1          those of Eq. 1
+    pytest -q test_instructgpt.py -k gae -x       one formula, to the first failure
+
+As exercises: empty a function of instructgpt.py, run the tests that name its equation, fill it in again.
+Beside most formulas stands a slow twin: the definition in plain Python, which the fast one has to equal.
+The order is the script's: tokens and data, GPT, rollout, formulas, toy world.
+"""
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from base64 import b64decode
+from collections import Counter
+from copy import deepcopy
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import instructgpt as ig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DATA = os.path.join(HERE, "data")
+tw = ig.toyworld(DATA)
+pytestmark = pytest.mark.filterwarnings("error")
+torch.set_num_threads(1)                         # matrices of 16 columns: a second thread only waits
+close = torch.testing.assert_close
+
+V, EOS = 11, 10                                  # tiny vocabulary; id 0, the filler, is a word like any other
+PROMPTS = [[3], [1, 2, 0, 4, 5], [7, 7], [0, EOS, 9]]                  # with the filler's id and EOS inside
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1],         # action frame: response to the end
+                     [1, 0, 0, 0, 0, 0],         # one-token prompt, one-token response
+                     [0, 1, 1, 1, 0, 0],
+                     [0, 0, 0, 0, 0, 0]]).bool()                       # no response at all
+
+
+def seeded(n):
+    return torch.Generator().manual_seed(n)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def tiny(head="lm", block=24, seed=0, dropout=0.0, gelu="none"):
+    """2 layers of 16. Weights are large and biases random, so that every one of them shows in the output."""
+    torch.manual_seed(seed)
+    model = ig.GPT(ig.GPTConfig(V, block, 2, 2, 16, dropout, gelu), head)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(10 * p if p.ndim == 2 else p + 0.2 * torch.randn_like(p))
+    return model
+
+
+def move(model, seed=1, size=0.1):
+    """The same model after an "optimizer step": weights changed in place."""
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(size * normal(*p.shape, seed=1000 * seed + i))
+    return model
+
+
+@pytest.fixture(scope="module")
+def enc():
+    return ig.load_encoding(os.path.join(DATA, "vocab.tiktoken"))
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """name -> rows, of every prompt set of the toy world."""
+    return {f[:-6]: ig.read_jsonl(os.path.join(DATA, f), "prompt", "use_case", "form", "customer", "task")
+            for f in sorted(os.listdir(DATA)) if f.endswith(("train.jsonl", "valid.jsonl", "test.jsonl"))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_import_prints_reads_and_seeds_nothing():
+    code = ("import builtins, pickle, random, torch, numpy as np, tiktoken\n"
+            "torchs = lambda: torch.get_rng_state().tolist()\n"
+            "states = lambda: pickle.dumps([random.getstate(), np.random.get_state(), torchs()])\n"
+            "before, builtins.open = states(), None\n"                 # opening a file would be a TypeError
+            "import instructgpt\n"
+            "assert states() == before\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_appendix_c_settings_that_the_toy_leaves_as_they_are():
+    c = ig.Config()
+    assert (c.k_min, c.k_max, c.rm_epochs, c.sft_batch) == (4, 9, 1, 32)
+    assert (c.minibatches, c.warmup, c.cliprange, c.temperature, c.ema) == (8, 10, 0.2, 1.0, 0.992)
+
+
+def test_every_setting_names_its_meaning_and_its_stage():
+    for f in fields(ig.Config):
+        assert f.metadata["help"] and f.metadata["stage"] in ["run"] + ig.STAGES, f.name
+    assert set(ig.SMOKE) <= {f.name for f in fields(ig.Config)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokens and data (3.2)
+
+
+def test_typed_end_of_text_stays_text(enc):
+    typed = "Say " + ig.EOT + " twice."
+    for ids in (ig.encode_prompt(enc, typed), ig.encode_response(enc, typed)[:-1]):
+        assert enc.eot_token not in ids and typed in enc.decode(ids)
+
+
+def test_response_ends_with_end_of_text_once(enc):
+    ids = ig.encode_response(enc, "It says moo.")
+    assert ids.count(enc.eot_token) == 1 and ids[-1] == enc.eot_token
+
+
+def test_vocabulary_round_trip_of_any_bytes(enc):
+    assert all(enc.decode_bytes([enc.encode_single_token(bytes([i]))]) == bytes([i]) for i in range(256))
+    for text in ["", " ", "\n\n \t", "a\r\nb", "café, naïve", "\x00\x7f", "日本語 🦊", "cow12cow", " >\n> ",
+                 "".join(map(chr, range(1, 999)))]:
+        assert enc.decode(enc.encode_ordinary(text)) == text
+    assert enc.eot_token == enc.n_vocab - 1 and enc.decode([enc.eot_token]) == ig.EOT
+
+
+def test_prompt_and_response_are_tokens_of_the_page_they_make(enc, sets):
+    for row in sets["sft_valid"]:
+        page = row["prompt"] + ig.MARK + " " + row["completion"]
+        rows = ig.encode_prompt(enc, row["prompt"]) + ig.encode_response(enc, row["completion"])
+        assert rows == enc.encode_ordinary(page) + [enc.eot_token]
+
+
+def test_every_prompt_and_response_fit_the_window(enc, sets):
+    c = ig.Config()
+    for name, rows in sets.items():
+        prompts = [ig.encode_prompt(enc, r["prompt"]) for r in rows]
+        if name.startswith("sft"):
+            responses = [ig.encode_response(enc, r["completion"]) for r in rows]
+            assert max(map(len, responses)) <= c.max_new_tokens, name
+            assert max(len(x) + len(y) for x, y in zip(prompts, responses)) <= c.block_size, name
+        else:
+            assert max(map(len, prompts)) + c.max_new_tokens <= c.block_size, name
+
+
+def test_corpus_rows_begin_where_documents_begin(enc, tmp_path):
+    docs = ["The cow liked the lamp.", "Is it " + ig.EOT + "?\n> no.", "A\nB\nC"]
+    path = tmp_path / "web.txt"
+    path.write_text("\n\n\n" + "\n\n".join(docs) + "\n", encoding="utf-8")
+    tokens, starts = ig.load_corpus(str(path), enc, 4)
+    want = [enc.encode_ordinary(d) + [enc.eot_token] for d in docs]
+    assert tokens.tolist() == sum(want, []) and tokens.itemsize == 2
+    assert starts.tolist() == [0, len(want[0]), len(want[0] + want[1])]
+    rows = ig.corpus_batch((tokens, starts), 64, 4, seeded(0), "cpu")
+    assert rows.shape == (64, 4) and rows.dtype == torch.long
+    assert sorted(set(map(tuple, rows.tolist()))) == sorted(tuple(tokens[s:s + 4].tolist()) for s in starts)
+    assert torch.equal(rows, ig.corpus_batch((tokens, starts), 64, 4, seeded(0), "cpu"))
+    with pytest.raises(ig.UserError, match="fewer than 400 tokens"):
+        ig.load_corpus(str(path), enc, 400)
+
+
+def test_bad_json_lines_are_named(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    good = '{"prompt": "a"}\n'
+    bad = [(good + '{"prompt": \n', ":2: not JSON"), (good + '{"text": "b"}\n', ":2: no field 'prompt'"),
+           ('["prompt"]\n', ":1: no field"), ("", "is empty")]
+    for text, message in bad:
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ig.UserError, match=message):
+            ig.read_jsonl(str(path), "prompt")
+    with pytest.raises(ig.UserError, match="cannot be read"):
+        ig.read_jsonl(str(tmp_path / "none.jsonl"), "prompt")
+
+
+def test_action_frame_of_stack():
+    tokens, mask, last = ig.stack([[5, 6, 7], [4], [8, 8]], [[0, 9, EOS], [EOS], [1, 2, 3, EOS]], "cpu")
+    assert tokens.tolist() == [[5, 6, 7, 0, 9, EOS], [4, EOS, 0, 0, 0, 0], [8, 8, 1, 2, 3, EOS]]
+    assert mask.int().tolist() == [[0, 0, 1, 1, 1], [1, 0, 0, 0, 0], [0, 1, 1, 1, 1]]  # with EOS and a real 0
+    assert last.tolist() == [5, 1, 5] and mask.dtype == torch.bool
+    assert [row[1:][m].tolist() for row, m in zip(tokens, mask)] == [[0, 9, EOS], [EOS], [1, 2, 3, EOS]]
+
+
+def test_batches_hold_every_row_once_and_little_filler():
+    lengths = torch.randint(1, 60, (1000,), generator=seeded(0)).tolist()
+    cut = ig.batches(lengths, 32, seeded(1))
+    assert sorted(sum(cut, [])) == list(range(1000)) and sorted(map(len, cut)) == [8] + [32] * 31
+    filler = lambda batches: sum(max(lengths[i] for i in b) - lengths[j] for b in batches for j in b)
+    shuffled = torch.randperm(1000, generator=seeded(2)).tolist()
+    assert filler(cut) < 0.25 * filler([shuffled[s:s + 32] for s in range(0, 1000, 32)])
+    assert cut == ig.batches(lengths, 32, seeded(1)) != ig.batches(lengths, 32, seeded(3))
+    means = [sum(lengths[i] for i in b) / len(b) for b in cut]
+    assert means != sorted(means)  # else training would see short rows first
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GPT (3.5)
+
+
+def slow_gpt(model, row):
+    """GPT-2's decoder for one row: every head and every position by itself -> (T,V)."""
+    w, c = dict(model.named_parameters()), model.config
+    norm = lambda x, n: F.layer_norm(x, x.shape[-1:], eps=1e-5) * w[n + ".weight"] + w[n + ".bias"]
+    line = lambda x, n: x @ w[n + ".weight"].T + w[n + ".bias"]
+    x = torch.stack([w["wte.weight"][t] + w["wpe.weight"][i] for i, t in enumerate(row)])             # (T,C)
+    d = c.n_embd // c.n_head
+    for b in (f"h.{i}." for i in range(c.n_layer)):
+        q, k, v = line(norm(x, b + "ln_1"), b + "attn.c_attn").chunk(3, -1)  # (T,C) each
+        y = torch.zeros_like(x)
+        for t in range(len(row)):
+            for h in (slice(s, s + d) for s in range(0, c.n_embd, d)):
+                y[t, h] = F.softmax(k[:t + 1, h] @ q[t, h] / math.sqrt(d), -1) @ v[:t + 1, h]
+        x = x + line(y, b + "attn.c_proj")
+        x = x + line(F.gelu(line(norm(x, b + "ln_2"), b + "mlp.c_fc"), approximate=c.gelu), b + "mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_section_35_gpt_is_its_definition(gelu):
+    model, row = tiny(gelu=gelu), [3, 0, 10, 7, 7, 1, 9]
+    with torch.no_grad():
+        close(model(torch.tensor([row]))[0], slow_gpt(model, row), atol=1e-5, rtol=1e-5)
+
+
+def test_section_35_prediction_never_sees_what_follows():
+    model, tokens = tiny(), torch.randint(V, (1, 12), generator=seeded(0))
+    other = tokens.clone()
+    other[0, 7:] = (tokens[0, 7:] + 1) % V
+    with torch.no_grad():
+        a, b = model(tokens), model(other)
+    close(a[:, :7], b[:, :7], atol=1e-6, rtol=0)
+    assert (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 1e-3
+
+
+def test_section_35_row_is_the_same_alone_and_in_a_padded_batch():
+    model, rm = tiny(), tiny("scalar")
+    tokens, mask, last = ig.stack(PROMPTS, [[4, 0, EOS], [EOS], [1, 2, 3, 4, 5, EOS], [6, 6]], "cpu")
+    with torch.no_grad():
+        logprobs, scores = ig.token_logprobs(model, tokens), ig.reward_scores(rm, tokens, last)
+        for b in range(4):
+            n = int(last[b]) + 1
+            close(logprobs[b:b + 1, :n - 1], ig.token_logprobs(model, tokens[b:b + 1, :n]), atol=1e-5, rtol=0)
+            alone = ig.reward_scores(rm, tokens[b:b + 1, :n], last[b:b + 1])
+            close(scores[b:b + 1], alone, atol=1e-5, rtol=0)
+        tokens[1, int(last[1]) + 1:] = 9                               # filler of any kind will do
+        close(ig.reward_scores(rm, tokens, last), scores, atol=1e-6, rtol=0)
+
+
+def test_section_35_heads():
+    lm, scalar = tiny(), tiny("scalar")
+    tokens = torch.randint(V, (3, 5), generator=seeded(0))
+    assert lm(tokens).shape == (3, 5, V) and scalar(tokens).shape == (3, 5)
+    more = {n for n, _ in scalar.named_parameters()} - {n for n, _ in lm.named_parameters()}
+    assert more == {"head.weight", "head.bias"}  # the language head is tied: it has no weight
+    torch.manual_seed(0)
+    big = ig.GPT(ig.GPTConfig(50, 16, 8, 2, 64), "scalar")
+    want = {"head.weight": 1 / math.sqrt(65), "wte.weight": 0.02, "h.3.attn.c_attn.weight": 0.02,
+            "h.3.attn.c_proj.weight": 0.02 / 4, "h.3.mlp.c_proj.weight": 0.02 / 4}  # 1/sqrt(2 * 8 layers)
+    for name, std in want.items():
+        assert abs(big.get_parameter(name).std().item() / std - 1) < 0.25, name
+    assert all(p.abs().max() == 0 for n, p in big.named_parameters() if n.endswith("bias"))
+
+
+def test_section_35_reward_model_starts_from_the_language_model():
+    lm = tiny(dropout=0.1)
+    rm = ig.scalar_copy(lm)
+    trunk = dict(rm.named_parameters())
+    for name, p in lm.named_parameters():
+        assert torch.equal(p, trunk[name]) and p.data_ptr() != trunk[name].data_ptr()
+    assert rm.head.out_features == 1 and rm.config.dropout == 0
+
+
+def test_row_longer_than_the_block_is_refused():
+    model = tiny(block=8)
+    model(torch.zeros(1, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="9 tokens"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_dropout_acts_in_training_only():
+    model, tokens = tiny(dropout=0.5), torch.arange(6)[None]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        assert not torch.equal(model.train()(tokens), model(tokens))
+        assert torch.equal(model.eval()(tokens), model(tokens))
+
+
+def test_frozen_model_has_no_gradient_no_dropout_and_never_moves():
+    policy = tiny(dropout=0.5).train()
+    reference = ig.freeze(deepcopy(policy))
+    before = [p.clone() for p in reference.parameters()]
+    assert not reference.training and not any(p.requires_grad for p in reference.parameters())
+    ig.lm_loss(policy, torch.arange(8)[None]).backward()
+    torch.optim.SGD(policy.parameters(), lr=1.0).step()
+    assert all(map(torch.equal, before, reference.parameters()))
+    assert not any(map(torch.equal, policy.parameters(), reference.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rollout (C.4)
+
+
+def slow_rollout(model, prompt, luck, eos, temperature=1.0):
+    """One row, no cache: a forward pass a token, picked by walking its distribution; ids, log-probs."""
+    response, logprobs = [], []
+    for u in luck:
+        logits = model(torch.tensor([prompt + response]))[0, -1].double()
+        p = F.softmax(logits / (temperature or 1), -1).tolist()
+        walk = (v for v in range(V) if sum(p[:v + 1]) > u)
+        token = next(walk) if temperature else p.index(max(p))
+        response.append(token)
+        logprobs.append(math.log(p[token]) if temperature else 0.)
+        if token == eos:
+            break
+    return response, logprobs
+
+
+def assert_is_slow_rollout(model, prompts, n, eos, temperature, seed):
+    r = ig.rollout(model, prompts, n, eos, temperature, seeded(seed))
+    luck = torch.rand(n, len(prompts), generator=seeded(seed))
+    slow = [slow_rollout(model, p, luck[:, b].tolist(), eos, temperature) for b, p in enumerate(prompts)]
+    T = max(map(len, prompts)) + n
+    assert r.tokens.shape == (len(prompts), T) and r.mask.shape == r.logprobs.shape == (len(prompts), T - 1)
+    for b, (p, (response, logprobs)) in enumerate(zip(prompts, slow)):
+        first, end = len(p) - 1, len(p) - 1 + len(response)
+        assert r.tokens[b].tolist() == p + response + [0] * (T - len(p) - len(response))
+        assert r.mask[b].nonzero()[:, 0].tolist() == list(range(first, end))
+        close(r.logprobs[b, first:end], torch.tensor(logprobs), atol=1e-5, rtol=0)
+        assert r.ended[b] == (response[-1] == eos) and r.logprobs[b][~r.mask[b]].abs().sum() == 0
+    assert r.prompt_lens.tolist() == [len(p) for p in prompts] and r.responses() == [x for x, _ in slow]
+    return r
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5, 0])
+def test_section_c4_rollout_is_the_slow_sampler_token_for_token(temperature):
+    with torch.no_grad():
+        r = assert_is_slow_rollout(tiny(), PROMPTS * 6, 12, EOS, temperature, seed=1)
+    if temperature:
+        assert 0 < r.ended.sum() < len(r.ended)                        # both kinds of ending were seen
+
+
+def test_section_c4_rollout_follows_weights_that_change():
+    model = tiny()
+    with torch.no_grad():
+        for step in range(3):                                          # same shapes: a stale cache would show
+            assert_is_slow_rollout(model, PROMPTS, 10, EOS, 1.0, seed=2)
+            move(model, seed=step)
+
+
+def test_section_c4_cached_steps_are_uncached_logits():
+    model, tokens = tiny(), torch.randint(V, (3, 14), generator=seeded(4))
+    lens = torch.tensor([1, 6, 4])
+    with torch.no_grad():
+        whole, cache = model(tokens), model.new_cache(3, 14)
+        prefill = model.project(model.hidden(tokens[:, :6], cache))  # beyond two rows' prompts: filler
+        close(prefill, whole[:, :6], atol=1e-5, rtol=0)
+        for i in range(8):
+            at = (lens + i)[:, None]                                   # every row at a place of its own
+            logits = model.project(model.hidden(tokens.gather(1, at), cache, at, 14))[:, 0]
+            close(logits, whole[torch.arange(3), at[:, 0]], atol=1e-5, rtol=0)
+
+
+def test_section_c4_ratio_is_one_before_the_first_update():
+    policy = tiny(dropout=0.3).train()                                 # the rollout must switch dropout off
+    r = ig.rollout(policy, PROMPTS * 8, 12, EOS, 1.0, seeded(0))
+    new = ig.token_logprobs(policy, r.tokens)
+    assert (new - r.logprobs)[r.mask].abs().max() < 1e-5
+    old = new.detach()
+    assert torch.exp(new - old)[r.mask].eq(1).all()
+    advantages = normal(*old.shape)
+    close(ig.policy_loss(new, old, advantages, r.mask), -ig.masked_mean(advantages, r.mask))
+
+
+def test_section_c4_kl_is_zero_before_the_first_update():
+    policy = tiny()
+    reference = ig.freeze(deepcopy(policy))
+    r = ig.rollout(policy, PROMPTS, 12, EOS, 1.0, seeded(0))
+    ref = ig.token_logprobs(reference, r.tokens)
+    assert ig.kl_k1(r.logprobs, ref)[r.mask].abs().max() < 1e-5 and ig.kl_k3(ref, ref).abs().max() == 0
+    rewards = ig.token_rewards(torch.arange(4.), ref, ref, r.mask, beta=0.3)
+    assert rewards.sum(1).tolist() == [0, 1, 2, 3] and rewards.count_nonzero() == 3
+
+
+def first_pick(model, prompt):
+    with torch.no_grad():
+        return int(model(torch.tensor([prompt]))[0, -1].argmax())
+
+
+def test_section_c4_immediate_end_is_an_episode_of_one_action():
+    model = tiny()
+    eos = first_pick(model, PROMPTS[1])  # the likeliest token is declared to be EOS
+    r = ig.rollout(model, PROMPTS, 9, eos, 0)
+    assert r.responses()[1] == [eos] and r.ended[1] and r.mask[1].nonzero().tolist() == [[4]]
+    assert r.tokens[1].tolist() == PROMPTS[1] + [eos] + [0] * 8
+
+
+def test_section_c4_response_without_end_and_with_its_end_at_the_limit():
+    model = tiny()
+    r = ig.rollout(model, PROMPTS * 8, 6, 99, 1.0, seeded(3))          # 99: a token that cannot come
+    assert not r.ended.any() and r.mask.sum(1).eq(6).all()
+    b = next(b for b, x in enumerate(r.responses()) if x[-1] not in x[:-1])
+    again = ig.rollout(model, PROMPTS * 8, 6, r.responses()[b][-1], 1.0, seeded(3))
+    assert again.ended[b] and again.responses()[b] == r.responses()[b]
+
+
+@pytest.mark.parametrize("prompts", [[[1]], [[1], [2, 3, 4, 5, 6, 7]]], ids=["one token", "unequal"])
+def test_section_c4_block_may_be_filled_but_not_exceeded(prompts):
+    model, room = tiny(block=12), 12 - max(map(len, prompts))
+    assert ig.rollout(model, prompts, room, 99, 1.0, seeded(0)).mask.sum(1).eq(room).all()
+    with torch.no_grad():
+        assert_is_slow_rollout(model, prompts, room, 99, 1.0, 0)       # the last position works too
+    with pytest.raises(ValueError, match="block"):
+        ig.rollout(model, prompts, room + 1, 99)
+    with pytest.raises(ValueError, match="at least one token"):
+        ig.rollout(model, prompts + [[]], 2, 99)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_section_c4_samples_have_the_frequencies_of_the_softmax(temperature):
+    model, n = tiny(), 4000
+    r = ig.rollout(model, [[3, 1]] * n, 1, EOS, temperature, seeded(0))
+    seen = torch.bincount(r.tokens[:, 2], minlength=V)
+    with torch.no_grad():
+        want = n * F.softmax(model(torch.tensor([[3, 1]]))[0, -1] / temperature, -1)
+    assert (seen > 0).sum() > 5                                        # the samples' first tokens differ
+    assert ((seen - want) ** 2 / want).sum() < 29.6  # chi-square, 10 degrees of freedom, p = 0.001
+
+
+def test_section_c4_luck_comes_from_the_generator_alone():
+    model = tiny()
+    state = torch.get_rng_state()
+    a, b, c = (ig.rollout(model, PROMPTS * 4, 8, EOS, 1.0, seeded(s)).tokens for s in (5, 5, 6))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(state, torch.get_rng_state())
+
+
+def test_section_c4_pick_walks_the_distribution_and_leaves_the_logits():
+    logits = torch.tensor([[-math.inf, 1., 1., -math.inf]]).repeat(5, 1)
+    u = torch.tensor([0., 0.4999, 0.5001, 0.75, 1 - 2 ** -24])  # the ends must not pick an impossible token
+    before = logits.clone()
+    token, logprob = ig.pick(logits, u, 0.5)
+    assert token.tolist() == [1, 1, 2, 2, 2] and torch.equal(logits, before)
+    close(logprob, torch.full((5,), math.log(0.5)))
+    assert ig.pick(normal(5, 4), u, 0)[0].tolist() == normal(5, 4).argmax(-1).tolist()
+
+
+class Tape(TorchDispatchMode):
+    """Writes down every operator that runs, with the shapes of its tensors."""
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        self.calls.append((str(func), [tuple(x.shape) for x in tensors]))
+        return out
+
+
+def test_section_c4_decode_step_keeps_its_shapes_and_never_waits_for_the_host(monkeypatch):
+    step, tapes = ig.decode_step, []
+
+    def taped(policy, s, width, eos, temperature):
+        with Tape() as tape:
+            step(policy, s, s["tokens"].size(1), eos, temperature)     # full width, as on a GPU
+        tapes.append(tape.calls)
+    monkeypatch.setattr(ig, "decode_step", taped)
+    got = ig.rollout(tiny(), PROMPTS, 7, EOS, 1.0, seeded(1))
+    monkeypatch.undo()
+    assert len(tapes) > 4 and len(tapes[0]) > 30 and all(tape == tapes[0] for tape in tapes)
+    waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "aten.equal", "masked_select", "_to_copy")
+    assert not [name for name, _ in tapes[0] if any(w in name for w in waits)]
+    narrow = ig.rollout(tiny(), PROMPTS, 7, EOS, 1.0, seeded(1))       # the filled part only, as on a CPU
+    assert torch.equal(got.tokens, narrow.tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Formulas: log-probs, masked statistics
+
+
+def test_token_logprobs_column_t_speaks_of_token_t_plus_1():
+    model, tokens = tiny(), torch.randint(V, (3, 7), generator=seeded(0))
+    with torch.no_grad():
+        got = ig.token_logprobs(model, tokens)
+        for b in range(3):
+            for t in range(6):
+                p = F.softmax(model(tokens[b:b + 1, :t + 1])[0, -1], -1)[tokens[b, t + 1]]
+                assert abs(got[b, t].item() - math.log(p)) < 1e-5
+    assert got.shape == (3, 6)
+
+
+def test_token_logprobs_are_float32_whatever_the_model():
+    logits, tokens = normal(2, 4, V).bfloat16(), torch.randint(V, (2, 5), generator=seeded(1))
+    got = ig.token_logprobs(lambda _: logits, tokens)
+    want = F.log_softmax(logits.double(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    assert got.dtype == torch.float32
+    close(got.double(), want, atol=1e-6, rtol=0)
+
+
+def test_masked_mean_is_the_mean_over_the_mask():
+    x = normal(*MASK.shape)
+    inside = [x[b, t].item() for b, t in MASK.nonzero().tolist()]
+    assert ig.masked_mean(x, MASK).item() == pytest.approx(sum(inside) / len(inside))
+    assert ig.masked_mean(x, MASK & False) == 0
+
+
+def test_whiten_is_its_definition():
+    x = 3 + 2 * normal(*MASK.shape)
+    inside = [x[b, t].item() for b, t in MASK.nonzero().tolist()]
+    mean = sum(inside) / len(inside)
+    std = math.sqrt(sum((v - mean) ** 2 for v in inside) / len(inside) + 1e-8)      # population variance
+    got = ig.whiten(x, MASK)
+    close(got, torch.where(MASK, (x - mean) / std, 0.), atol=1e-5, rtol=0)
+
+
+def test_whiten_is_safe_for_one_element_and_for_none():
+    one = torch.zeros_like(MASK)
+    one[2, 3] = True
+    assert ig.whiten(normal(*MASK.shape), one).abs().max() < 1e-3
+    assert ig.whiten(normal(*MASK.shape), MASK & False).abs().max() == 0
+
+
+def test_section_21_lm_loss_counts_all_tokens_or_the_response_alone():
+    model = tiny()
+    tokens, mask, _ = ig.stack([[5, 6, 7], [4]], [[0, 9, EOS], [1, EOS]], "cpu")
+    logprobs = ig.token_logprobs(model, tokens)
+    close(ig.lm_loss(model, tokens), -logprobs.mean())
+    want = -(logprobs[0, 2] + logprobs[0, 3] + logprobs[0, 4] + logprobs[1, 0] + logprobs[1, 1]) / 5
+    close(ig.lm_loss(model, tokens, mask), want)
+
+
+# Whatever stands outside the mask: same value, same gradient. A case is the masked slots of each input and a
+# scalar of the inputs; fixed random weights make one of what returns a tensor.
+COLUMNS = normal(2, *MASK.shape, seed=99)
+RANKS = torch.tensor([[1, 2, 0, 2], [0, 0, 0, 0], [3, 1, 2, 4], [0, 1, 0, 0]])
+EMPTY_SCORE = ~MASK.any(1)  # a row without response: no score either
+IGNORING = {
+    "masked_mean": ([~MASK], lambda x: ig.masked_mean(x, MASK)),
+    "whiten": ([~MASK], lambda x: (ig.whiten(x, MASK) * COLUMNS[0]).sum()),
+    "reward_loss": ([RANKS == 0], lambda scores: ig.reward_loss(scores, RANKS)),
+    "token_rewards": ([EMPTY_SCORE, ~MASK, ~MASK],
+                      lambda s, new, ref: (ig.token_rewards(s, new, ref, MASK, 0.3) * COLUMNS[0]).sum()),
+    "gae": ([~MASK, ~MASK], lambda r, v: (torch.stack(ig.gae(r, v, MASK, 0.9, 0.95)) * COLUMNS).sum()),
+    "policy_loss": ([~MASK] * 3, lambda new, old, a: ig.policy_loss(new, old, a, MASK)),
+    "value_loss": ([~MASK] * 3, lambda v, old, ret: ig.value_loss(v, old, ret, MASK)),
+}
+XFAIL_WHITEN = pytest.mark.xfail(strict=True, reason="squares before it clears: NaN spoils the gradient")
+
+
+@pytest.mark.parametrize("junk", [100., -1e9, math.nan, math.inf])
+@pytest.mark.parametrize("name", IGNORING)
+def test_masked_slots_change_neither_value_nor_gradient(name, junk, request):
+    if name == "whiten" and not math.isfinite(junk):
+        request.applymarker(XFAIL_WHITEN)
+    masked, formula = IGNORING[name]
+    results = []
+    for filler in (0., junk):
+        inputs = [normal(*m.shape, seed=i).masked_fill(m, filler) for i, m in enumerate(masked)]
+        inputs = [x.requires_grad_() for x in inputs]
+        value = formula(*inputs)
+        results.append([value.detach(), *torch.autograd.grad(value, inputs)])
+    for clean, dirty in zip(*results):
+        assert torch.equal(clean, dirty)
+    assert all(g[m].abs().sum() == 0 for m, g in zip(masked, results[1][1:]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Eq. 1: the reward model's loss
+
+
+def slow_reward_loss(scores, ranks):
+    """Eq. 1, pair by pair: the mean over a prompt's pairs, then the mean over the prompts that have one."""
+    losses = []
+    for s, r in zip(scores, ranks):
+        pairs = [(s[w], s[l]) for w in range(len(r)) for l in range(len(r)) if 0 < r[w] < r[l]]
+        if pairs:
+            losses.append(sum(math.log1p(math.exp(l - w)) for w, l in pairs) / len(pairs))
+    return sum(losses) / max(1, len(losses))
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 9])
+def test_eq1_reward_loss_is_the_mean_over_pairs(K):
+    scores = 2 * normal(12, K, seed=K)
+    full = torch.stack([torch.randperm(K, generator=seeded(b)) + 1 for b in range(12)])  # C(K,2) pairs each
+    ranks = torch.randint(0, K + 1, (12, K), generator=seeded(K))      # with ties and empty slots
+    ranks[0], ranks[1], ranks[2], ranks[3] = 0, 1, 0, full[3]          # nothing, one tie, ...
+    ranks[2, K - 1] = 1                                                # ... a single response
+    for r in (full, ranks):
+        want = slow_reward_loss(scores.tolist(), r.tolist())
+        assert ig.reward_loss(scores, r).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_eq1_k2_is_stiennons_pairwise_loss():
+    s = normal(8, 2)
+    close(ig.reward_loss(s, torch.tensor([[1, 2]] * 8)), -F.logsigmoid(s[:, 0] - s[:, 1]).mean())
+
+
+def test_eq1_prompt_without_a_pair_is_left_out():
+    scores, ranks = normal(3, 4), torch.tensor([[1, 2, 3, 3], [2, 2, 2, 0], [0, 0, 0, 0]])
+    close(ig.reward_loss(scores, ranks), ig.reward_loss(scores[:1], ranks[:1]))
+    scores.requires_grad_()
+    nothing = ig.reward_loss(scores, ranks.clamp(max=1))
+    nothing.backward()
+    assert nothing == 0 and scores.grad.abs().max() == 0
+
+
+def test_eq1_every_prompt_weighs_the_same_whatever_its_k():
+    ranks = torch.tensor([[1, 2, 0, 0, 0], [1, 2, 3, 4, 5]])
+    a, b = (ig.reward_loss(normal(2, 5)[i:i + 1], ranks[i:i + 1]) for i in (0, 1))
+    close(ig.reward_loss(normal(2, 5), ranks), (a + b) / 2)
+
+
+def test_eq1_is_log_2_at_equal_scores_and_blind_to_a_constant():
+    ranks = torch.tensor([[1, 2, 3, 4], [1, 1, 2, 0]])
+    assert ig.reward_loss(torch.full((2, 4), 3.), ranks).item() == pytest.approx(math.log(2))
+    close(ig.reward_loss(normal(2, 4), ranks), ig.reward_loss(normal(2, 4) + 7, ranks), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("margin", [100., -100.])
+def test_eq1_is_finite_at_large_margins(margin):
+    scores = torch.tensor([[margin, 0.]], requires_grad=True)
+    loss = ig.reward_loss(scores, torch.tensor([[1, 2]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(max(0., -margin), abs=1e-6)
+    assert scores.grad[0].tolist() == pytest.approx([0, 0] if margin > 0 else [-1, 1])
+
+
+def test_eq1_gradient_raises_the_better_and_lowers_the_worse():
+    scores = torch.zeros(1, 3, requires_grad=True)
+    ig.reward_loss(scores, torch.tensor([[2, 1, 3]])).backward()
+    assert scores.grad[0].tolist() == pytest.approx([0, -1 / 3, 1 / 3])  # sigma(0) = 1/2, two of three pairs
+
+
+def test_section_35_reward_is_read_at_the_end_of_text():
+    rm = tiny("scalar")
+    tokens, _, last = ig.stack(PROMPTS, [[4, 0, EOS], [EOS], [1, 2, 3, EOS], [6, EOS]], "cpu")
+    with torch.no_grad():
+        got = ig.reward_scores(rm, tokens, last)
+        for b, (p, r) in enumerate(zip(PROMPTS, [[4, 0, EOS], [EOS], [1, 2, 3, EOS], [6, EOS]])):
+            close(got[b], rm(torch.tensor([p + r]))[0, -1], atol=1e-5, rtol=0)
+    assert tokens[torch.arange(4), last].eq(EOS).all() and got.shape == (4,)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Eq. 2: KL, rewards per token
+
+
+def test_eq2_kl_estimators_have_the_exact_kl_as_their_mean():
+    """Two steps of three tokens: all nine sequences, each weighted by pi, which samples come from."""
+    for gap in (0.1, 1., 3.):
+        pi = [F.log_softmax(gap * normal(*s, seed=i).double(), -1) for i, s in enumerate([(3,), (3, 3)])]
+        ref = [F.log_softmax(gap * normal(*s, seed=i + 5).double(), -1) for i, s in enumerate([(3,), (3, 3)])]
+        exact = k1 = k3 = 0
+        for a in range(3):
+            for b in range(3):
+                new, old = torch.stack([pi[0][a], pi[1][a, b]]), torch.stack([ref[0][a], ref[1][a, b]])
+                weight = new.sum().exp()
+                exact += weight * (new.sum() - old.sum())
+                k1 += weight * ig.kl_k1(new, old).sum()
+                k3 += weight * ig.kl_k3(new, old).sum()
+                assert (ig.kl_k3(new, old) >= 0).all()
+        close(k1, exact)
+        close(k3, exact)
+
+
+def test_eq2_kl_estimators_are_not_interchangeable_as_losses():
+    logits, ref = normal(5).double().requires_grad_(), F.log_softmax(normal(5, seed=1).double(), -1)
+    gradient = lambda loss: torch.autograd.grad(loss, logits)[0]
+    logp = lambda: F.log_softmax(logits, -1)
+    p = logp().exp().detach()  # samples are fixed: no gradient through p
+    forward, backward = (logp().exp() * (logp() - ref)).sum(), (ref.exp() * (ref - logp())).sum()
+    close(gradient((p * ig.kl_k1(logp(), ref)).sum()), torch.zeros(5).double(), atol=1e-9, rtol=0)
+    close(gradient((p * ig.kl_k3(logp(), ref)).sum()), gradient(backward))  # the other one: KL(ref || pi)
+    charged = ig.kl_k1(logp(), ref).detach()  # as a reward, k1 does descend KL(pi || ref)
+    close(gradient((p * logp() * charged).sum()), gradient(forward))
+
+
+def test_eq2_k1_is_the_log_ratio_and_k3_vanishes_with_it():
+    new, ref = normal(50), normal(50, seed=1)
+    close(ig.kl_k1(new, ref), new - ref)
+    close(ig.kl_k3(new, ref), torch.exp(ref - new) - 1 - (ref - new))
+    assert ig.kl_k1(new, ref).min() < 0 <= ig.kl_k3(new, ref).min() and ig.kl_k3(new, new).abs().max() == 0
+    tiny_gap = ig.kl_k3(torch.tensor(-1.), torch.tensor(-1.001)).item()
+    assert tiny_gap == pytest.approx(5e-7, rel=0.1)                    # digits are not lost in exp(x) - 1
+
+
+def slow_rewards(score, logprobs, ref_logprobs, mask, beta):
+    rewards = [-beta * (p - q) if m else 0. for p, q, m in zip(logprobs, ref_logprobs, mask)]
+    if any(mask):
+        rewards[max(t for t in range(len(mask)) if mask[t])] += score
+    return rewards
+
+
+def test_eq2_token_rewards_are_their_definition():
+    scores, new, ref = normal(4), normal(*MASK.shape, seed=1), normal(*MASK.shape, seed=2)
+    got = ig.token_rewards(scores, new, ref, MASK, beta=0.3)
+    want = [slow_rewards(*row, 0.3) for row in zip(*(x.tolist() for x in (scores, new, ref, MASK)))]
+    close(got, torch.tensor(want))
+
+
+def test_eq2_row_of_rewards_sums_to_score_minus_beta_log_ratio():
+    scores, new, ref = normal(4), normal(*MASK.shape, seed=1), normal(*MASK.shape, seed=2)
+    got = ig.token_rewards(scores, new, ref, MASK, beta=0.3).sum(1)
+    close(got[:3], (scores - 0.3 * ((new - ref) * MASK).sum(1))[:3])
+
+
+def test_eq2_score_stands_on_the_end_of_text_action():
+    tokens, mask, last = ig.stack(PROMPTS, [[4, 0, EOS], [EOS], [1, 2, 3, EOS], [6, EOS]], "cpu")
+    got = ig.token_rewards(torch.full((4,), 5.), *torch.zeros(2, *mask.shape), mask, beta=0.3)
+    assert got.nonzero().tolist() == [[b, int(last[b]) - 1] for b in range(4)]  # column t predicts token t+1
+    assert all(tokens[b, t + 1] == EOS for b, t in got.nonzero().tolist())
+
+
+def test_eq2_unlikely_tokens_of_the_reference_are_punished():
+    new, ref, mask = torch.tensor([[-1.]]), torch.tensor([[-3.]]), torch.tensor([[True]])
+    assert ig.token_rewards(torch.zeros(1), new, ref, mask, beta=0.5).item() == -1.0        # beta * 2 nats
+
+
+# ------------------------------------------------------------------------------------------------------------
+# C.4: advantages, PPO's losses, the pretraining mix
+
+
+def slow_gae(rewards, values, discount, lam):
+    """One response, by definition: A_t = sum over l of (discount lambda)^l delta_{t+l}."""
+    n, v = len(rewards), values + [0.]  # after the end nothing is worth anything
+    delta = [rewards[t] + discount * v[t + 1] - v[t] for t in range(n)]
+    return [sum((discount * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)]
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_section_c4_gae_is_its_definition(lam, discount):
+    rewards, values = normal(*MASK.shape), normal(*MASK.shape, seed=1)
+    advantages, returns = ig.gae(rewards, values, MASK, discount, lam)
+    for b, inside in enumerate(MASK):
+        want = slow_gae(rewards[b][inside].tolist(), values[b][inside].tolist(), discount, lam)
+        close(advantages[b][inside], torch.tensor(want))
+        close(returns[b][inside], torch.tensor(want) + values[b][inside])
+    assert advantages[~MASK].abs().max() == 0 and returns[~MASK].abs().max() == 0
+
+
+def test_section_c4_gae_lambda_1_returns_the_rewards_to_come():
+    rewards, values = normal(*MASK.shape) * MASK, normal(*MASK.shape, seed=1)
+    _, returns = ig.gae(rewards, values, MASK, 1.0, 1.0)
+    for b, t in MASK.nonzero().tolist():
+        close(returns[b, t], rewards[b, t:].sum())
+
+
+def test_section_c4_gae_knows_no_reward_after_the_end():
+    values = torch.full(MASK.shape, 5.)                                # a value net that always hopes for 5
+    advantages, _ = ig.gae(torch.zeros(MASK.shape), values, MASK, 1.0, 0.0)
+    last = [[b, int(row.nonzero().max())] for b, row in enumerate(MASK) if row.any()]
+    assert advantages.nonzero().tolist() == last and advantages.sum() == -5 * len(last)
+
+
+def test_section_c4_gae_defaults_are_no_discount_and_lambda_095():
+    rewards, values = normal(*MASK.shape), normal(*MASK.shape, seed=1)
+    close(ig.gae(rewards, values, MASK), ig.gae(rewards, values, MASK, 1.0, 0.95))
+
+
+def slow_policy_loss(new, old, advantages, mask, clip):
+    terms = []
+    for p, q, a in zip(*(x[mask].tolist() for x in (new, old, advantages))):
+        ratio = math.exp(p - q)
+        terms.append(min(ratio * a, max(1 - clip, min(1 + clip, ratio)) * a))
+    return -sum(terms) / len(terms)
+
+
+def test_section_c4_policy_loss_is_its_definition():
+    new, old, advantages = (0.4 * normal(*MASK.shape, seed=i) for i in range(3))
+    for clip in (0.1, 0.2):
+        want = slow_policy_loss(new, old, advantages, MASK, clip)
+        assert ig.policy_loss(new, old, advantages, MASK, clip).item() == pytest.approx(want, rel=1e-5)
+    close(ig.policy_loss(new, old, advantages, MASK), ig.policy_loss(new, old, advantages, MASK, 0.2))
+
+
+@pytest.mark.parametrize("ratio, advantage, moves", [
+    (1.5, 2., False), (1.5, -2., True), (0.5, 2., True), (0.5, -2., False),
+    (1.1, 2., True), (0.9, -2., True), (1., 2., True)])
+def test_section_c4_clip_stops_the_gradient_only_of_what_went_too_far(ratio, advantage, moves):
+    new = torch.tensor([[math.log(ratio), 0.]], requires_grad=True)
+    advantages, mask = torch.tensor([[advantage, 9.]]), torch.tensor([[True, False]])
+    ig.policy_loss(new, torch.zeros(1, 2), advantages, mask).backward()
+    assert new.grad[0].tolist() == pytest.approx([-ratio * advantage if moves else 0., 0.])
+
+
+def slow_value_loss(values, old, returns, mask, clip):
+    terms = []
+    for v, o, r in zip(*(x[mask].tolist() for x in (values, old, returns))):
+        clipped = max(o - clip, min(o + clip, v))
+        terms.append(0.5 * max((v - r) ** 2, (clipped - r) ** 2))
+    return sum(terms) / len(terms)
+
+
+def test_section_c4_value_loss_is_its_definition():
+    values, old, returns = (normal(*MASK.shape, seed=i) for i in range(3))
+    for clip in (0.2, 0.5):
+        want = slow_value_loss(values, old, returns, MASK, clip)
+        assert ig.value_loss(values, old, returns, MASK, clip).item() == pytest.approx(want, rel=1e-5)
+    close(ig.value_loss(values, old, returns, MASK), ig.value_loss(values, old, returns, MASK, 0.2))
+
+
+@pytest.mark.parametrize("value, goal, gradient", [
+    (0.5, 1., 0.), (0.5, -1., 1.5), (-0.5, -1., 0.), (0.1, 1., -0.9)])
+def test_section_c4_value_clip_stops_only_moves_towards_the_return(value, goal, gradient):
+    values = torch.tensor([[value]], requires_grad=True)               # the old value is 0, the clip 0.2
+    ig.value_loss(values, torch.zeros(1, 1), torch.tensor([[goal]]), torch.tensor([[True]])).backward()
+    assert values.grad.item() == pytest.approx(gradient)
+
+
+def episode(prompts, responses, seed=0):
+    """Loss of one PPO update as a function of free logits -> their gradient (B,T-1,V), tokens."""
+    tokens, mask, _ = ig.stack(prompts, responses, "cpu")
+    logits = normal(len(tokens), tokens.size(1) - 1, V, seed=seed).requires_grad_()
+    logprobs = ig.token_logprobs(lambda _: logits, tokens)
+    ig.policy_loss(logprobs, logprobs.detach(), torch.ones(mask.shape), mask).backward()
+    return logits.grad, tokens
+
+
+def test_section_c4_one_token_response_trains_one_row_of_logits():
+    gradient, _ = episode([[5, 6, 7], [5, 6]], [[EOS], [1, 2, 3, EOS]])
+    assert gradient[0].abs().sum(-1).nonzero().tolist() == [[2]]       # the last prompt position alone
+    assert gradient[1].abs().sum(-1).nonzero().tolist() == [[1], [2], [3], [4]]
+
+
+def test_section_c4_decision_to_stop_is_trained():
+    model = tiny()
+    r = ig.rollout(model, PROMPTS * 8, 12, EOS, 1.0, seeded(0))
+    b = next(b for b in range(len(PROMPTS) * 8) if r.ended[b] and len(r.responses()[b]) > 1)
+    logits = model(r.tokens[:, :-1]).detach().requires_grad_()
+    logprobs = ig.token_logprobs(lambda _: logits, r.tokens)
+    ig.policy_loss(logprobs, r.logprobs, torch.ones(r.mask.shape), r.mask).backward()
+    end = int(r.mask[b].nonzero().max())
+    assert r.tokens[b, end + 1] == EOS and logits.grad[b, end, EOS] < 0          # a good advantage raises it
+    assert logits.grad[b, end + 1:].abs().sum() == 0                             # nothing after it is trained
+
+
+def test_eq2_ptx_gradient_is_the_sum_of_both_in_one_buffer():
+    model, old = tiny(), tiny(seed=1)
+    tokens, mask, _ = ig.stack(PROMPTS, [[4, 0, EOS], [EOS], [1, 2, 3, EOS], [6, EOS]], "cpu")
+    web, advantages = torch.randint(V, (4, 12), generator=seeded(0)), normal(*mask.shape)
+    before, weights = ig.token_logprobs(old, tokens).detach(), list(model.parameters())
+    ppo = lambda: ig.policy_loss(ig.token_logprobs(model, tokens), before, advantages, mask)
+    gradient = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+    one, two = gradient(ppo()), gradient(ig.lm_loss(model, web))
+    for gamma in (0., 1., 27.8):
+        close(gradient(ppo() + gamma * ig.lm_loss(model, web)), one + gamma * two, atol=1e-4, rtol=1e-4)
+    assert one.norm() > 0.01 and two.norm() > 0.01
+
+
+def test_section_c4_ema_after_n_steps_is_1_minus_decay_to_the_n_of_the_way():
+    average, model = tiny(), tiny(seed=1)
+    start, goal = [p.clone() for p in average.parameters()], [p.clone() for p in model.parameters()]
+    for _ in range(5):
+        ig.ema_update(average, model, 0.992)
+    for a, s, g in zip(average.parameters(), start, goal):
+        close(a, 0.992 ** 5 * s + (1 - 0.992 ** 5) * g, atol=1e-6, rtol=1e-5)
+    assert all(map(torch.equal, model.parameters(), goal))             # the model itself stays
+
+
+def test_section_c1_cosine_ends_at_a_tenth():
+    rates = [ig.cosine(s, 101) for s in range(101)]
+    assert rates[0] == 1 and rates[50] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert rates == sorted(rates, reverse=True) and ig.cosine(500, 101) == pytest.approx(0.1)
+    warm = [ig.cosine(s, 110, warmup=10) for s in range(110)]
+    assert warm[:11] == pytest.approx([i / 10 for i in range(1, 11)] + [1])
+    assert warm[-1] == pytest.approx(0.1) and ig.cosine(0, 1) > 0
+
+
+def test_section_c4_learning_rate_warms_up_from_a_tenth_and_stays():
+    assert [ig.warmup_factor(i, 10) for i in (0, 5, 10, 11, 500)] == pytest.approx([0.1, 0.55, 1, 1, 1])
+    assert ig.warmup_factor(0, 0) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Neighbours: DPO, KTO
+
+
+def test_dpo_is_log_2_at_the_reference_and_its_gradient_by_hand():
+    w, l, ref_w, ref_l = (normal(6, seed=i).requires_grad_() for i in range(4))
+    assert ig.dpo_loss(w, l, w, l, 0.1).item() == pytest.approx(math.log(2))
+    loss = ig.dpo_loss(w, l, ref_w, ref_l, 0.1)
+    reward_w, reward_l = 0.1 * (w - ref_w), 0.1 * (l - ref_l)
+    close(loss, -torch.log(torch.sigmoid(reward_w - reward_l)).mean())
+    want = -0.1 * torch.sigmoid(reward_l - reward_w) / 6  # - beta sigma(r_l - r_w), mean over six
+    got_w, got_l = torch.autograd.grad(loss, [w, l])
+    close(got_w, want)
+    close(got_l, -want)
+
+
+def test_dpo_is_eq1_of_the_implicit_reward():
+    w, l, ref_w, ref_l = (normal(6, seed=i) for i in range(4))
+    implicit = 0.3 * torch.stack([w - ref_w, l - ref_l], 1)                                      # (6,2)
+    close(ig.dpo_loss(w, l, ref_w, ref_l, 0.3), ig.reward_loss(implicit, torch.tensor([[1, 2]] * 6)))
+    assert ig.dpo_loss(*torch.tensor([[-900.], [0.], [0.], [0.]]), 1.0).item() == pytest.approx(900)
+
+
+def test_kto_is_one_half_at_the_reference():
+    logp, desirable = normal(6), torch.tensor([1, 0, 0, 1, 1, 0]).bool()
+    assert ig.kto_loss(logp, logp, desirable, torch.tensor(0.), 0.1).item() == pytest.approx(0.5)
+
+
+def test_kto_is_its_definition():
+    logp, ref, good, kl0, beta = [0.3, -1., 2.], [0., 0.5, 1.], [True, False, True], 0.4, 0.7
+    sigma, terms = lambda z: 1 / (1 + math.exp(-z)), []
+    for ratio, g in zip([p - q for p, q in zip(logp, ref)], good):
+        z = beta * (ratio - kl0)
+        terms.append(1.5 * (1 - sigma(z)) if g else 0.8 * (1 - sigma(-z)))
+    got = ig.kto_loss(*map(torch.tensor, (logp, ref, good, kl0)), beta, 1.5, 0.8)
+    assert got.item() == pytest.approx(sum(terms) / 3, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The toy world (3.2, 3.4, Tables 1, 3 and 6)
+
+
+def test_toy_world_is_written_again_byte_for_byte(tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        tw.main(str(tmp_path))
+    made = sorted(os.listdir(tmp_path))
+    assert len(made) == 11 and {"pretrain.txt", "vocab.tiktoken", "probes.json", "test.jsonl"} <= set(made)
+    for name in made:
+        with open(os.path.join(DATA, name), "rb") as f:
+            assert (tmp_path / name).read_bytes() == f.read(), name
+
+
+def test_toy_world_stays_under_8_mb_and_knows_all_bytes():
+    files = [f for f in os.scandir(DATA) if f.is_file() and not f.name.endswith((".py", ".md"))]
+    assert sum(f.stat().st_size for f in files) < 8e6
+    with open(os.path.join(DATA, "vocab.tiktoken"), encoding="utf-8") as f:
+        ranks = {b64decode(token): int(rank) for token, rank in map(str.split, f)}
+    assert {bytes([i]) for i in range(256)} <= set(ranks)
+    assert sorted(ranks.values()) == list(range(len(ranks)))
+
+
+def test_table_1_shares_of_the_use_cases(sets):
+    for name, rows in sets.items():
+        count, n = Counter(r["use_case"] for r in rows), len(rows)
+        for use_case, percent in tw.USE_CASES.items():  # of 99.9; the rounded rest is generation's
+            assert abs(count[use_case] - n * percent / 99.9) <= 5, (name, use_case)
+        assert all(tw.USE_CASE_OF[r["task"]["kind"]] == r["use_case"] for r in rows), name
+
+
+def test_table_6_who_wrote_the_prompts(sets):
+    share = lambda name: sum(not r["customer"].startswith("customer") for r in sets[name]) / len(sets[name])
+    for name, labelers in [("sft", 0.89), ("rm", 0.2), ("ppo", 0.)]:
+        assert share(name + "_train") == share(name + "_valid") == pytest.approx(labelers, abs=0.005)
+    assert share("test") == 0
+    assert {r["form"] for r in sets["sft_train"]} == {"plain", "few-shot", "user-based"}
+
+
+def test_section_32_no_customer_stands_in_two_splits(sets):
+    writers = {name: {r["customer"] for r in rows} for name, rows in sets.items()}
+    labelers = {w for ws in writers.values() for w in ws if not w.startswith("customer")}
+    for a in writers:
+        for b in writers:
+            both = writers[a] & writers[b]
+            assert a == b or not both - labelers, (a, b)
+            assert a.endswith("train") == b.endswith("train") or not both, (a, b)  # labelers: train or valid
+
+
+def test_section_32_prompts_per_customer_are_capped(sets):
+    for name, rows in sets.items():
+        most = Counter(r["customer"] for r in rows if r["customer"].startswith("customer")).most_common(1)
+        assert most[0][1] <= tw.CAP, name
+
+
+@pytest.mark.parametrize("writers", ["customer", pytest.param("", marks=pytest.mark.xfail(
+    strict=True, reason="the labelers' prompts are not filtered"))], ids=["customers", "all"])
+def test_section_32_no_phone_number_in_a_training_split(sets, writers):
+    found = {name: sum(bool(tw.PHONE.search(r["prompt"])) for r in rows if r["customer"].startswith(writers))
+             for name, rows in sets.items()}
+    assert sum(found.values()) > 0                                     # validation and test keep them
+    assert {name: n for name, n in found.items() if name.endswith("train") and n} == {}
+
+
+def test_held_out_questions_are_in_no_training_prompt(sets):
+    for name in ("sft_train", "rm_train", "ppo_train"):
+        text = "\n".join(r["prompt"] for r in sets[name])
+        assert "Tell me about" not in text, name
+        assert not set(tw.HELD_OUT_MISCONCEPTIONS) & set(tw.words_of(text)), name
+    with open(os.path.join(DATA, "pretrain.txt"), encoding="utf-8") as f:
+        web = f.read()
+    assert "Tell me about" not in web and all(s in web for s in tw.HELD_OUT_MISCONCEPTIONS)  # the web knows
+    with open(os.path.join(DATA, "probes.json"), encoding="utf-8") as f:
+        probes = json.load(f)
+    assert all("Tell me about" in p["prompt"] for p in probes["unseen"])
+    asked = {p["task"]["args"][0] for p in probes["truthful"] if p["held_out"]}
+    assert asked == set(tw.HELD_OUT_MISCONCEPTIONS)
+
+
+def tasks(kind, n=40):
+    rng = random.Random("tasks " + kind)
+    for _ in range(n):
+        t = tw.new_task(rng, "sentence" if kind == "tell" else kind)
+        yield ({"kind": "tell", "args": t["args"]} if kind == "tell" else t), rng
+
+
+@pytest.mark.parametrize("kind", [*tw.USE_CASE_OF, "tell"])
+def test_table_3_helpful_answer_is_flawless_and_each_flaw_costs(kind):
+    mean = Counter()
+    for t, rng in tasks(kind):
+        grade = lambda flaw: tw.gold(tw.check(t, tw.answer(t, rng, flaw)))
+        assert grade(None) == 7, t
+        assert tw.gold(tw.check(t, tw.good_answer(t, rng), ended=False)) < 7
+        flaws = ["rude", "unfinished"] + ["constraint"] * bool(t.get("constraint"))
+        for flaw in flaws + ["false"] * (kind in tw.FALSIFIABLE):
+            assert 1 <= grade(flaw) < 7, (flaw, t)
+        for flaw in ("slip", "off topic"):                             # chance may make these right
+            mean[flaw] += grade(flaw) / 40
+    assert mean["slip"] < 6.9 and mean["off topic"] < 4
+
+
+def test_table_3_verdicts_one_by_one():
+    t = {"kind": "sound", "args": ["cow"], "constraint": "Use one word."}
+    verdict = lambda text, **kw: tw.check(t, text, **kw)
+    assert verdict("moo.").truthful and verdict("moo.").constraint and verdict("moo.").finished
+    assert not verdict("woof.").truthful and verdict("It says moo.").constraint is False
+    assert not verdict("moo.", ended=False).finished and not verdict("moo").finished
+    assert verdict("moo, you fool.").rude and not verdict("moo.").rude
+    t = {"kind": "hue", "args": ["lamp", "red", "cup", "blue", 1]}
+    assert verdict("The cup is blue.").truthful and not verdict("The cup is blue.").invented
+    assert verdict("The cup is green.").invented and not verdict("The cup is red.").truthful
+    assert tw.gold(verdict("Go away, you fool.")) < 3
+
+
+def test_section_34_labelers_are_the_same_every_time():
+    train, heldout = tw.make_labelers("train"), tw.make_labelers("heldout")
+    assert (len(train), len(heldout)) == (40, 20) and train == tw.make_labelers("train")
+    assert not {x.name for x in train} & {x.name for x in heldout}
+
+
+def test_section_34_ranks_are_ranks_and_equal_merits_tie():
+    t = {"kind": "sound", "args": ["cow"], "constraint": ""}
+    texts = ["It says moo.", "It says woof.", "It says moo.", "Go away, you fool.", "It says quack.", ""]
+    merits = [tw.check(t, x) for x in texts]
+    first = Counter()
+    for i, labeler in enumerate(tw.make_labelers("train")):
+        ranks = tw.rank(labeler, merits, texts, random.Random(i))
+        assert ranks[0] == ranks[2] and ranks[1] == ranks[4]           # equal merits, equally long
+        assert all(r == 1 + sum(x < r for x in ranks) for r in ranks)  # 1 is best; two firsts, then a third
+        assert ranks == tw.rank(labeler, merits, texts, random.Random(i))
+        first[ranks.index(1)] += 1
+        score = tw.opinions(labeler, merits, texts, random.Random(i))
+        assert all(score[i] > score[j] for i in range(6) for j in range(6) if ranks[i] < ranks[j])
+        assert tw.likert(labeler, merits[0], texts[0], random.Random(i)) in range(1, 8)
+    assert 14 < first[0] < 40  # the true answer wins mostly: people are noisy
+
+
+@pytest.mark.skipif(not os.path.exists(os.path.join(DATA, "sft_samples.jsonl")), reason="no SFT samples")
+@pytest.mark.parametrize("group, percent, error", [("train", 72.6, 1.5), ("heldout", 77.3, 1.3)])
+def test_section_34_agreement_of_the_labelers(group, percent, error):
+    assert abs(100 * tw.agreement(group) - percent) <= error
