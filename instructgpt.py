@@ -96,12 +96,12 @@ class Config:
     sft_mix: float = setting(0.1, "share of pretraining rows mixed in", "0.1", "sft")
     max_new_tokens: int = setting(16, "longest response, end-of-text included", "1,024", "sft")
     # step 2: comparisons and the reward model
-    rm_prompts: int = setting(4800, "prompts to collect comparisons for", "33,207", "rm")
+    rm_prompts: int = setting(7000, "prompts to collect comparisons for", "33,207", "rm")
     k_min: int = setting(4, "fewest responses to a prompt", "4", "rm")
     k_max: int = setting(9, "most responses to a prompt", "9", "rm")
     rm_epochs: int = setting(1, "passes over the comparisons", "1", "rm")
-    rm_batch: int = setting(16, "prompts a step, each with all its pairs", "64", "rm")
-    rm_lr: float = setting(4e-4, "peak learning rate, cosine to a tenth", "9e-6", "rm")
+    rm_batch: int = setting(8, "prompts a step, each with all its pairs", "64", "rm")
+    rm_lr: float = setting(8e-4, "peak learning rate, cosine to a tenth", "9e-6", "rm")
     # step 3: reinforcement learning
     iterations: int = setting(100, "PPO iterations", "500", "ppo")
     episodes: int = setting(256, "episodes an iteration", "512", "ppo")
@@ -1171,7 +1171,7 @@ class Run:
     def train_rm(self, took, model):
         cfg, start, rng = self.cfg, time.time(), random.Random(self.cfg.seed)
         generator, comparisons = seed(cfg, "collect", self.device), []
-        for split, n in (("train", cfg.rm_prompts), ("valid", max(1, cfg.rm_prompts // 8))):
+        for split, n in (("train", cfg.rm_prompts), ("valid", max(1, cfg.rm_prompts // 10))):
             rows = self.rows(f"rm_{split}.jsonl", "task", "use_case")[:n]
             comparisons += collect(cfg, self.enc, model, rows, split, self.world, generator, rng)
         with open(self.path("comparisons.tmp"), "w") as f:

@@ -435,7 +435,7 @@ class Labeler:
     noise: float       # standard deviation, Likert points
 
 
-NOISE = {"train": 2.21, "heldout": 1.79}       # calibrated on sft_samples.jsonl to the paper's 72.6 and 77.3 % agreement
+NOISE = {"train": 2.1, "heldout": 1.7}       # calibrated on sft_samples.jsonl to the paper's 72.6 and 77.3 % agreement
 TIE = 0.3                                    # closer than this on the Likert scale is a tie
 
 
@@ -561,20 +561,7 @@ def reading(rng):
     return "\n".join(f"{instruction(t)}{MARK} {good_answer(t, rng)}" for t in tasks)
 
 
-def homework(rng):
-    """Answers with a teacher's mark below each: from such pages a model can learn what an answer is judged by."""
-    lines = []
-    for _ in range(rng.choice([2, 3])):
-        t = new_task(rng, pick(rng, [(k, w ** .5) for kinds in KINDS.values() for k, w in kinds]))
-        flaw = pick(rng, [(None, 45), ("slip", 25), ("false", 15), ("constraint", 10), ("off topic", 5)])
-        text = answer(t, rng, flaw)
-        m = check(t, text)
-        right = m.follows == 1 and m.truthful and m.constraint is not False
-        lines.append(f"{instruction(t)}{MARK} {text}\n{'Right.' if right else 'Wrong.'}")
-    return "\n".join(lines)
-
-
-WEB = [(page, 42), (story, 11), (chorus, 18), (facts, 4), (dictionary, 4), (work, 3), (reading, 7), (homework, 11)]
+WEB = [(page, 46), (story, 13), (chorus, 22), (facts, 4), (dictionary, 4), (work, 3), (reading, 8)]
 
 
 def corpus(name, n):
@@ -681,7 +668,7 @@ def prompt_sets():
     sets = {f"{name}_{split}": mixed(f"{name}_{split}", size, split, third(people, i), share)
             for split, people in (("train", train), ("valid", valid))
             for i, (name, share, size) in enumerate([("sft", .89, 3000 if split == "train" else 300),
-                                                     ("rm", .2, 4800 if split == "train" else 700),
+                                                     ("rm", .2, 7000 if split == "train" else 700),
                                                      ("ppo", 0, 4800 if split == "train" else 400)])}
     for name in ("sft_train", "sft_valid"):
         sets[name] = demonstrate(random.Random(name + " demonstrations"), sets[name])
@@ -758,7 +745,7 @@ def agreement(group, path=None):
 
 
 def main(out=HERE):
-    docs, held_out = corpus("pretrain", 30000), corpus("pretrain_valid", 1200)
+    docs, held_out = corpus("pretrain", 29000), corpus("pretrain_valid", 1200)
     sets, tests = prompt_sets(), probes()
     asked = [p["prompt"] for name in sorted(sets) for p in sets[name]]
     answered = [p["completion"] for p in sets["sft_train"]]
