@@ -82,11 +82,11 @@ class Config:
     seed: int = setting(0, "every random draw follows from it", stage="pretrain")
     # the model: GPT-3's form in miniature
     n_layer: int = setting(2, "layers", "24 (1.3B) to 96 (175B)", "pretrain")
-    n_head: int = setting(4, "attention heads", "24 to 96", "pretrain")
+    n_head: int = setting(2, "attention heads", "24 to 96", "pretrain")
     n_embd: int = setting(128, "width", "2,048 to 12,288", "pretrain")
     block_size: int = setting(64, "context, tokens", "2,048", "pretrain")
     # step 0: pretraining
-    pretrain_steps: int = setting(2500, "optimizer steps", "300 B tokens (GPT-3)", "pretrain")
+    pretrain_steps: int = setting(2800, "optimizer steps", "300 B tokens (GPT-3)", "pretrain")
     pretrain_batch: int = setting(32, "rows of block_size tokens a step", "0.5 to 3.2 M tokens", "pretrain")
     pretrain_lr: float = setting(2e-3, "peak learning rate, cosine to a tenth", "2e-4 to 6e-5", "pretrain")
     # step 1: supervised fine-tuning
@@ -102,15 +102,15 @@ class Config:
     k_max: int = setting(9, "most responses to a prompt", "9", "rm")
     rm_epochs: int = setting(1, "passes over the comparisons", "1", "rm")
     rm_batch: int = setting(8, "prompts a step, each with all its pairs", "64", "rm")
-    rm_lr: float = setting(8e-4, "peak learning rate, cosine to a tenth", "9e-6", "rm")
+    rm_lr: float = setting(6e-4, "peak learning rate, cosine to a tenth", "9e-6", "rm")
     # step 3: reinforcement learning
-    iterations: int = setting(100, "PPO iterations", "500", "ppo")
+    iterations: int = setting(60, "PPO iterations", "500", "ppo")
     episodes: int = setting(256, "episodes an iteration", "512", "ppo")
     minibatches: int = setting(8, "minibatches an iteration, an optimizer step each, one inner epoch", "8", "ppo")
-    policy_lr: float = setting(3e-4, "policy's peak learning rate", "not stated; 2.55e-6 to 2.55e-5 tried", "ppo")
+    policy_lr: float = setting(2e-4, "policy's peak learning rate", "not stated; 2.55e-6 to 2.55e-5 tried", "ppo")
     value_lr: float = setting(1e-3, "value net's learning rate", "9e-6", "ppo")
     warmup: int = setting(10, "iterations of warm-up from a tenth of the peak, constant after it", "10", "ppo")
-    beta: float = setting(0.3, "KL coefficient; responses are ten tokens here, hundreds there", "0.02", "ppo")
+    beta: float = setting(0.2, "KL coefficient; responses are ten tokens here, hundreds there", "0.02", "ppo")
     ptx_coef: float = setting(1.0, "PPO-ptx's weight of the pretraining loss (a token mean); when given, only "
                                    "this one run is trained", "27.8", "ppo")
     ptx_rows: int = setting(1, "pretraining rows an episode", "8", "ppo")
