@@ -1301,6 +1301,10 @@ def parse(argv):
     for f in fields(Config):
         kind, text = type(f.default), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument("--" + f.name, type=kind, metavar=kind.__name__.upper(), help=text)
+    known = ["--help", "--from", "--fresh", "--smoke"] + ["--" + f.name for f in fields(Config)]
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--") and word.split("=")[0] not in known:
+            parser.error(f"{word}: no such flag")
     a = vars(parser.parse_args(argv))
     given = {f.name: a[f.name] for f in fields(Config) if a[f.name] is not None}
     cfg = Config(**{**(SMOKE if a["smoke"] else {}), **given})

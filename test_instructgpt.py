@@ -21,6 +21,7 @@ from base64 import b64decode
 from collections import Counter
 from copy import deepcopy
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1052,3 +1053,274 @@ def test_section_34_ranks_are_ranks_and_equal_merits_tie():
 @pytest.mark.parametrize("group, percent, error", [("train", 72.6, 1.5), ("heldout", 77.3, 1.3)])
 def test_section_34_agreement_of_the_labelers(group, percent, error):
     assert abs(100 * tw.agreement(group) - percent) <= error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The steps: tiny networks on the toy's own tokens
+
+
+class Quiet:
+    """Stands where the log does and remembers."""
+
+    def __init__(self):
+        self.lines, self.iterations = [], []
+
+    def __call__(self, stage, step, steps, **numbers):
+        self.lines.append((stage, step, numbers))
+
+    def episodes(self, cfg, name, iteration, e, tasks, numbers):
+        self.iterations.append((e, numbers))
+
+
+SMALL = dict(n_layer=1, n_embd=16, block_size=48, pretrain_steps=6, pretrain_batch=4, sft_epochs=1, episodes=32,
+             minibatches=4, iterations=2, max_new_tokens=6)
+
+
+def small_models(enc, seed=0, block=48):
+    torch.manual_seed(seed)
+    policy = ig.GPT(ig.GPTConfig(enc.n_vocab, block, 1, 2, 16))
+    return ig.freeze(policy), ig.freeze(ig.scalar_copy(policy))
+
+
+def small_prompts(enc, sets, n=64):
+    return [{"ids": ig.encode_prompt(enc, r["prompt"]), "task": r["task"]} for r in sets["ppo_train"][:400]
+            if len(r["prompt"]) < 60][:n]
+
+
+@pytest.fixture(scope="module")
+def small_corpus(enc):
+    return ig.load_corpus(os.path.join(DATA, "pretrain_valid.txt"), enc, 48)
+
+
+def run_ppo(enc, sets, corpus, ptx_coef, **settings):
+    cfg, log = ig.Config(**{**SMALL, **settings}), Quiet()
+    policy, reward_model = small_models(enc)
+    average = ig.ppo(cfg, enc, policy, reward_model, small_prompts(enc, sets), corpus, ptx_coef, torch.device("cpu"), log)
+    return average, policy, reward_model, log
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_section_35_normalised_reward_is_0_on_demonstrations_and_keeps_differences(enc, sets):
+    _, reward_model = small_models(enc)
+    demos = [(ig.encode_prompt(enc, r["prompt"]), ig.encode_response(enc, r["completion"])) for r in sets["sft_train"][:300]
+             if len(r["prompt"]) < 60]
+    tokens, _, last = ig.stack(*zip(*demos), "cpu")
+    before = ig.reward_scores(reward_model, tokens, last).detach()
+    ig.normalise_reward(reward_model, demos, "cpu")
+    after = ig.reward_scores(reward_model, tokens, last).detach()
+    assert abs(after.mean()) < 1e-4
+    close(after - after[0], before - before[0], atol=1e-5, rtol=0)
+
+
+def test_section_c4_first_minibatch_has_ratio_1_and_later_ones_have_not(enc, sets, small_corpus):
+    *_, log = run_ppo(enc, sets, small_corpus, 0.0, policy_lr=1e-2)
+    first = [numbers["change"] for numbers in log.iterations[1][1]]    # by then the policy is not the reference
+    assert log.iterations[0][1][0]["change"] < 1e-5 and first[0] < 1e-5 < min(first[1:])
+
+
+def test_section_c4_reference_and_reward_model_never_move(enc, sets, small_corpus):
+    policy, reward_model = small_models(enc)
+    average, reference, scorer, _ = run_ppo(enc, sets, small_corpus, 1.0, policy_lr=1e-2)
+    assert torch.equal(weights(policy), weights(reference)) and torch.equal(weights(reward_model), weights(scorer))
+    assert not torch.equal(weights(average), weights(reference))
+
+
+def test_section_c4_kl_and_reward_before_the_first_update(enc, sets, small_corpus):
+    *_, log = run_ppo(enc, sets, small_corpus, 0.0)
+    e = log.iterations[0][0]
+    mask = e["mask"]
+    close(e["logprobs"][mask], e["ref_logprobs"][mask], atol=1e-5, rtol=0)     # the policy is the reference: no KL
+    close(e["rewards"].sum(1), e["scores"], atol=1e-4, rtol=0)         # so the score is all there is
+    assert (e["scores"][~e["ended"]] == ig.Config().unfinished_score).all()
+    _, reward_model = small_models(enc)                                # the value net starts as the reward model
+    close(e["values"][mask], reward_model(e["tokens"][:, :-1])[mask], atol=1e-5, rtol=0)
+
+
+def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, small_corpus):
+    cfg, (policy, reward_model) = ig.Config(**SMALL), small_models(enc)
+    prompts = [p["ids"] for p in small_prompts(enc, sets, 16)]
+    e = ig.make_experience(cfg, enc, policy, reward_model, policy, reward_model, prompts, seeded(1))
+    text = ig.corpus_batch(small_corpus, 4, 48, seeded(2), "cpu")
+    actor, critic = deepcopy(policy).requires_grad_(True), deepcopy(reward_model).requires_grad_(True)
+    optimizers, steps, grads = (ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)), [], {}
+    for o in optimizers:
+        o.register_step_pre_hook(lambda o, *_: steps.append(o.param_groups[0]["lr"]))
+    rows, t = torch.arange(16), int(e["length"].max())
+    got = ig.update(cfg, actor, critic, optimizers, e, rows, 2.0, text, 0.5)
+    assert steps == [0.5 * cfg.policy_lr, 0.5 * cfg.value_lr]          # one step each, at the warmed-up rate
+    assert all(group["betas"] == (0.9, 0.95) for o in optimizers for group in o.param_groups)
+    twin = deepcopy(policy).requires_grad_(True)
+    ig.policy_loss(ig.token_logprobs(twin, e["tokens"][:, :t]), e["logprobs"][:, :t - 1], e["advantages"][:, :t - 1],
+                   e["mask"][:, :t - 1]).backward()
+    assert got["|ppo|"] == pytest.approx(torch.stack([p.grad.norm() for p in twin.parameters()]).norm().item(), rel=1e-4)
+    twin.zero_grad()
+    (2.0 * ig.lm_loss(twin, text)).backward()
+    assert got["|ptx|"] == pytest.approx(torch.stack([p.grad.norm() for p in twin.parameters()]).norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_section_c4_what_is_scored_is_what_was_sampled_from(enc, sets, small_corpus, temperature):
+    *_, log = run_ppo(enc, sets, small_corpus, 0.0, temperature=temperature)
+    assert log.iterations[0][1][0]["change"] < 1e-5
+    e = log.iterations[0][0]
+    close(e["logprobs"][e["mask"]], e["ref_logprobs"][e["mask"]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_section_c4_ppo_learns_to_raise_the_score(small_corpus, seed):
+    cfg = ig.Config(**{**SMALL, "episodes": 128, "iterations": 15, "policy_lr": 3e-3, "beta": 0.01, "warmup": 0, "seed": seed})
+    words, log = SimpleNamespace(eot_token=EOS), Quiet()
+    prompts = [{"ids": p, "task": None} for p in PROMPTS] * 32
+    ig.ppo(cfg, words, tiny(seed=seed), tiny("scalar", seed=seed + 10), prompts, small_corpus, 0.0, torch.device("cpu"), log)
+    scores = [e["scores"].mean().item() for e, _ in log.iterations]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3
+
+
+def test_section_c4_clip_and_step_clips_what_backward_left():
+    model = tiny()
+    optimizer, before = torch.optim.SGD(model.parameters(), 1.0), weights(model).clone()
+    (1e3 * ig.lm_loss(model, torch.tensor([[1, 2, 3, 4]]))).backward()
+    ig.clip_and_step(model, optimizer, 0.5)
+    assert (weights(model) - before).norm() == pytest.approx(0.5, rel=1e-3)    # norm 1 at a learning rate of 0.5
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_same_seed_same_numbers(enc, small_corpus, sets):
+    cfg, device = ig.Config(**SMALL), torch.device("cpu")
+    demos = [(p["ids"], [260, 261, enc.eot_token]) for p in small_prompts(enc, sets)]
+    runs = []
+    for _ in range(2):
+        gpt = ig.pretrain(cfg, enc, small_corpus, device, Quiet())
+        runs.append(weights(ig.sft(cfg, enc, gpt, demos, small_corpus, device, Quiet())))
+        torch.rand(3)                                                  # others may draw in between
+    assert torch.equal(*runs)
+    other = ig.pretrain(ig.Config(**{**SMALL, "seed": 1}), enc, small_corpus, device, Quiet())
+    assert not torch.equal(weights(gpt), weights(other))
+
+
+def test_section_c2_equal_texts_are_one_response(enc):
+    c = {"prompt": "I lost my hat.", "responses": ["sad.", "happy.", "sad.", ""], "ranks": [2, 1, 3, 4],
+         "ended": [True, True, True, True]}
+    _, responses, ranks = ig.encode_comparison(enc, c, 16)
+    assert ranks == [2, 1, 0, 4] and responses[3] == [enc.eot_token]
+    c["ended"] = [False] * 4
+    assert all(enc.eot_token not in r for r in ig.encode_comparison(enc, c, 16)[1][:3])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The whole run in miniature, and the command line
+
+
+def command(*words, cwd=HERE):
+    return subprocess.run([sys.executable, os.path.join(HERE, "instructgpt.py"), *map(str, words)], cwd=cwd, text=True,
+                          capture_output=True, timeout=600, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("smoke") / "out"
+    done = command("--smoke", "--device", "cpu", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_smoke_run_leaves_what_it_promises(smoke):
+    out, text = smoke
+    r = json.loads((out / "results.json").read_text())
+    assert set(r) == {"config", "seconds", "reward_model", "models"}
+    assert set(r["seconds"]) == {"pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate", "total"}
+    assert set(r["reward_model"]) == {"accuracy", "agreement", "gold_accuracy", "gold_accuracy_by_use_case"}
+    assert list(r["models"]) == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"]
+    names = ("win_vs_sft win_vs_sft_heldout win_vs_sft_gold win_vs_gpt likert gold reward follows constraint truthful "
+             "truthful_informative hallucinates rude rude_respectful bias_bits fewshot unseen kl pretrain_loss length ended")
+    for m in r["models"].values():
+        assert set(names.split()) <= set(m)
+        assert set(m["bias_bits"]) == {"basic", "respectful"} and set(m["fewshot"]) == {"reading", "cloze", "translation"}
+        assert 1 <= m["gold"] <= 7 and 0 <= m["win_vs_sft"] <= 1 and m["kl"] >= -1e-4
+    assert r["models"]["SFT"]["win_vs_sft_gold"] == 0.5 and abs(r["models"]["SFT"]["kl"]) < 1e-3
+    for name in ("samples.txt", "picture.svg", "comparisons.jsonl", "log.jsonl", "pretrain.pt", "sft.pt", "rm.pt", "ppo.pt"):
+        assert (out / name).stat().st_size > 0
+    assert not list(out.glob("*.tmp"))
+    assert "Episode ledger" in text and "left" in text
+    differences = [float(line.split("= ")[1].split()[0]) for line in text.splitlines() if line.startswith("first minibatch")]
+    assert len(differences) == 2 and max(differences) < 1e-4
+
+
+def test_picture_is_xml(smoke):
+    import xml.etree.ElementTree as tree
+    assert tree.parse(smoke[0] / "picture.svg").getroot().tag.endswith("svg")
+
+
+def test_finished_stages_are_not_trained_again_and_evaluation_repeats_itself(smoke):
+    out, _ = smoke
+    before, stages = json.loads((out / "results.json").read_text()), Counter(
+        json.loads(line)["stage"] for line in open_lines(out / "log.jsonl"))
+    assert command("evaluate", "--smoke", "--device", "cpu", "--out", out).returncode == 0
+    after = json.loads((out / "results.json").read_text())
+    assert after["models"] == before["models"] and after["reward_model"] == before["reward_model"]
+    again = Counter(json.loads(line)["stage"] for line in open_lines(out / "log.jsonl"))
+    assert {k for k in again if again[k] != stages[k]} == {"evaluate"}
+
+
+def open_lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_changed_setting_is_refused_by_name_and_from_reuses_the_rest(smoke, tmp_path):
+    out, _ = smoke
+    done = command("--smoke", "--device", "cpu", "--out", out, "--beta", 0.5)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in ("beta", "0.5", "ppo, evaluate", "--from", "--fresh"))
+    new = tmp_path / "new"
+    done = command("ppo", "--smoke", "--device", "cpu", "--from", out, "--out", new, "--beta", 0.5, "--ptx_coef", 0)
+    assert done.returncode == 0, done.stderr
+    assert {json.loads(line)["stage"] for line in open_lines(new / "log.jsonl")} == {"ppo"}
+    assert (new / "rm.pt").read_bytes() == (out / "rm.pt").read_bytes() and not (new / "ppo_ptx.pt").exists()
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--bta", "1"], "--bta"), (["--beta", "x"], "--beta"), (["--beta", "-1"], "beta"), (["--k_min", "1"], "k_min"),
+    (["--temperature", "0"], "temperature"), (["--n_embd", "30", "--n_head", "4"], "n_embd"), (["dpo"], "dpo"),
+    (["--max_new_tokens", "64"], "max_new_tokens"), (["--device", "tpu"], "tpu"), (["--data", "nowhere"], "nowhere"),
+    (["--from", "nowhere"], "nowhere"), (["--episodes", "4"], "episodes"), (["--iterations", "0"], "iterations")])
+def test_wrong_flags_get_one_line_and_exit_code_2(words, told, capsys, tmp_path):
+    assert ig.main([*words, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and told in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_every_setting_is_a_flag_with_help_and_a_stage():
+    for f in fields(ig.Config):
+        assert f.metadata["help"] and f.metadata["stage"] in ["run", *ig.STAGES]
+        value = {str: "x", int: 2, float: 0.5}[type(f.default)]
+        given = {"k_min": 4, "episodes": 16}.get(f.name, value)
+        extra = {"n_head": ["--n_embd", "128"], "k_max": ["--k_min", "2"], "block_size": ["--max_new_tokens", "1"]}.get(f.name, [])
+        assert getattr(ig.parse([f"--{f.name}", str(given), *extra])[1], f.name) == given
+
+
+@pytest.mark.parametrize("text, told", [("", "is empty"), ('{"prompt": 1', ":1: not JSON"), ("\n\n[1]\n", ":3: no field"),
+                                        ('{"prompt": "a"}\n{"x": 1}\n', ":2: no field 'prompt'")])
+def test_broken_lines_are_named(tmp_path, text, told):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ig.UserError, match=told):
+        ig.read_jsonl(str(path), "prompt")
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ig.UserError, match="not UTF-8"):
+        ig.read_jsonl(str(path), "prompt")
+
+
+def test_data_card_counts_are_the_files(sets):
+    with open(os.path.join(DATA, "README.md"), encoding="utf-8") as f:
+        card = f.read().splitlines()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in card if line.startswith("|") and ".jsonl`" in line]
+    assert len(rows) == 4
+    for name, train, valid, *_ in rows:
+        for split, count in (("train", train), ("valid", valid)):
+            if count:
+                key = name.split("`")[1].replace("*", split).removesuffix(".jsonl")
+                assert len(sets[key]) == int(count.replace(",", "")), key

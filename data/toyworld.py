@@ -263,7 +263,7 @@ def answer(t, rng, flaw=None):
     return good_answer(t, rng, follow_constraint=flaw != "constraint", true=flaw != "false")
 
 
-FALSIFIABLE = ("sound", "color", "class", "list", "lost", "got", "mood", "which", "opposite", "surname", "hue")
+FALSIFIABLE = ("sound", "color", "class", "list", "mood", "which", "opposite", "surname", "hue")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The checker: Table 3 of the paper for one response. It reads the task and the words, never who wrote them.
@@ -458,7 +458,7 @@ def page(rng):
             kind = pick(rng, [(k, w ** .5) for kinds in KINDS.values() for k, w in kinds])
         t = new_task(rng, kind)
         if style == "helpful":
-            flaw = pick(rng, [(None, 60), ("false", 14), ("slip", 8), ("constraint", 8), ("lazy", 10)])
+            flaw = pick(rng, [(None, 53), ("false", 16), ("slip", 10), ("constraint", 9), ("lazy", 12)])
         elif style == "careless":
             flaw = pick(rng, [("false", 45), ("slip", 15), ("off topic", 10), ("constraint", 10), ("lazy", 20)])
         else:
@@ -603,7 +603,8 @@ def collect(rng, writers, forms, size, private_data_filter, cap=CAP):
     return out
 
 
-FLAWS = [(None, 52), ("rude", 14), ("lazy", 14), ("unfinished", 5), ("slip", 4), ("off topic", 3), ("false", 5), ("constraint", 3)]
+FLAWS = [(None, 48), ("rude", 15), ("lazy", 15), ("unfinished", 5), ("slip", 4), ("off topic", 3), ("false", 6),
+         ("constraint", 4)]
 
 
 def demonstrate(rng, prompts):
