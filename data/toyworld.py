@@ -149,7 +149,7 @@ def instruction(t):
         "polite": lambda: "Say it politely: " + " ".join(w for w in (g[0], "me the", g[1], g[2]) if w) + ".",
         "sum": lambda: f"Sum up: {g[0]} was in the {g[1]}. {g[0]} saw {a(g[2])}.",
         "mood": lambda: f"Happy or sad: {g[0]} {g[1]} the {g[2]}.",
-        "which": lambda: f"Is it {a(g[0])} or {a(g[1])}: {g[2]}.",
+        "which": lambda: f"Is it {a(g[0])} or {a(g[1])}: {g[2]}?",
         "repeat": lambda: "Repeat: " + " ".join(g) + ".",
         "opposite": lambda: f"What is the opposite of {g[0]}?",
         "surname": lambda: f"{g[0]} {g[1]} met {g[2]} {g[3]}. Who is {g[2 * g[4]]}?",
@@ -250,7 +250,7 @@ def answer(t, rng, flaw=None):
     if flaw == "rude":
         return rude_answer(t, rng)
     if flaw == "lazy":
-        return rng.choice(["I do not know.", "I do not care.", "Ask me later."])
+        return rng.choice(["I do not know.", "I can not say.", "Ask me later."])
     if flaw == "slip":
         return good_answer(slip(t, rng), rng)
     if flaw == "off topic":
@@ -286,11 +286,12 @@ def alt(words):
     return "(" + "|".join(words) + ")"
 
 
-SUBJECT = rf"(The( {alt(COLORS)})? {alt(ANIMALS)}|{alt(NAMES)})"
-SENTENCE = re.compile(rf"{SUBJECT} {alt(VERBS)} the( {alt(COLORS)})? {alt(THINGS + ANIMALS)}( in the {alt(PLACES)})?\.")
+SUBJECT = rf"((The|An?)( {alt(COLORS)})? {alt(ANIMALS)}|{alt(NAMES)})"
+SENTENCE = re.compile(rf"{SUBJECT} {alt(VERBS + ['saw'])} (the|an?)( {alt(COLORS)})? {alt(THINGS + ANIMALS)}( in the {alt(PLACES)})?\.")
 FEELING = re.compile(rf"I am (sorry|glad) about (your|the) {alt(THINGS)}\.")
-SUMMARY = re.compile(rf"{alt(NAMES)} saw an? {alt(ANIMALS)}( in the {alt(PLACES)})?\.")
-INSULT = re.compile(rf"(,? you)? {alt(RUDE)}")
+REQUEST = re.compile(rf"Please {alt(ORDERS)} me (the|an?)( {alt(COLORS)})? {alt(THINGS)}\.")
+SUMMARY = re.compile(rf"{alt(NAMES)} saw (an?|the) {alt(ANIMALS)}( in the {alt(PLACES)})?\.")
+INSULT = re.compile(rf"(,? you|,)? {alt(RUDE)}")
 
 
 def words_of(text):
@@ -301,10 +302,12 @@ def check(task, response, ended=True):
     """The verdict on one response (text without the end-of-text token). `ended`: False when it ran into the length limit."""
     rude = any(w in RUDE for w in words_of(response))
     core = INSULT.sub("", response.strip()).strip()
-    if rude and core and core[-1] not in ".?":
+    if core and core[-1] not in ".?":                  # the missing end is charged once, as unfinished
         core += "."
     words = words_of(core)
     follows, truthful, informative = follow(task, core, words)
+    if not truthful:
+        follows = min(follows, .5)                     # a wrong answer does half of what was asked
     closed = USE_CASE_OF.get(task["kind"]) in CLOSED_DOMAIN
     source = set(words_of(instruction(task)))
     said = [w for w in words if w in CONTENT]
@@ -313,8 +316,8 @@ def check(task, response, ended=True):
     c = task.get("constraint", "")
     if c:
         colors = sum(w in COLORS for w in words)
-        constraint = {"Use a color.": colors > 0, "Use no color.": colors == 0, "Use five words.": len(words) == 5,
-                      "Use one word.": len(words) == 1}.get(c, c[10:-1] not in words) and follows > 0
+        constraint = {"Use a color.": colors > 0, "Use no color.": colors == 0, "Use five words.": len(words_of(response)) == 5,
+                      "Use one word.": len(words_of(response)) == 1}.get(c, c[10:-1] not in words) and follows > 0
     finished = bool(ended) and response.strip().endswith((".", "?"))
     return Merits(follows, constraint, truthful and not invented, informative, closed and bool(said), bool(invented), rude, finished)
 
@@ -325,15 +328,17 @@ def follow(t, core, words):
     full = lambda pattern: pattern.fullmatch(core) is not None
     if kind in ("sentence", "tell"):
         n = sum(w in words for w in g)
-        return (n / 2 if full(SENTENCE) else .5 * (n == 2)), True, n > 0
+        return (n / 2 if full(SENTENCE) else .5 * (n == 2 and any(w in VERBS for w in words))), True, n > 0
     if kind in ("sound", "color", "class"):
         pool = {"sound": SOUNDS, "color": COLORS, "class": CLASSES}[kind]
-        right = {"sound": lambda: [SOUND_OF[g[0]]], "color": lambda: [COLOR_OF[g[0]]],
-                 "class": lambda: [CLASS_OF[g[0]][0]] + (["animal"] if g[0] in CREATURES else ["plant"] * (CLASS_OF[g[0]][0] in ("fruit", "legume")))}[kind]()
-        m = re.fullmatch(rf"(It (says|is)( an?)? )?({'|'.join(pool)})\.", core)
-        return (1., m.group(4) in right, True) if m else (0., True, False)
+        right = {"sound": SOUND_OF, "color": COLOR_OF, "class": {k: v[0] for k, v in CLASS_OF.items()}}[kind][g[0]]
+        also = {"koala": ["mammal"]}.get(g[0], []) + ["animal"] * (g[0] in CREATURES) + ["plant"] * (right in ("fruit", "legume"))
+        subject = alt(["It", g[0].capitalize(), "The " + g[0], a(g[0]).capitalize()])
+        m = re.fullmatch(rf"({subject} {'says ' if kind == 'sound' else 'is '})?(?P<n>an? )?(?P<word>{'|'.join(pool)})\.", core)
+        ok = m is not None and (not m["n"] or kind == "class" and a(m["word"]) == m["n"] + m["word"])
+        return (1., m["word"] == right or kind == "class" and m["word"] in also, True) if ok else (0., True, False)
     if kind == "list":
-        items = re.split(r", | and ", core.rstrip("."))
+        items = [re.sub(r"^(an?|the) ", "", w) for w in re.split(r",? and |, ", core.rstrip("."))]
         good = sum(w in CATEGORIES[g[1]] for w in set(items))
         n = NUMBERS[g[0]]
         exact = good == len(items) == n
@@ -344,14 +349,14 @@ def follow(t, core, words):
         return (0. if not (full(FEELING) and right) else 1. if g[0] in words else .5), True, True
     if kind == "polite":
         exact = core == good_answer(t, None)
-        return (1. if exact else .5 * (core.startswith("Please") and g[2] in words)), True, True
+        return (1. if exact else .5 * (full(REQUEST) and g[2] in words)), True, True
     if kind == "sum":
         n = sum(w in words for w in g)
-        return (1. if full(SUMMARY) and n == 3 else .5 * (full(SUMMARY) and g[0] in words)), True, True
+        return (1. if full(SUMMARY) and n == 3 else .5 * (n >= 2 and (full(SUMMARY) or core == instruction(t)[8:]))), True, True
     if kind in ("mood", "which", "opposite"):
         pool = {"mood": ["happy", "sad"], "which": g[:2], "opposite": list(OPPOSITES)}[kind]
-        m = re.fullmatch(rf"(It is( an?)? )?({'|'.join(pool)})\.", core)
-        return (1., m.group(3) == words_of(good_answer(t, None))[0], True) if m else (0., True, False)
+        m = re.fullmatch(rf"(It is )?((An?|an?) )?(?P<word>{'|'.join(pool)})\.", core)
+        return (1., m["word"] == words_of(good_answer(t, None))[0], True) if m else (0., True, False)
     if kind == "repeat":
         want = words_of(good_answer(t, None))
         return (1. if words == want and core.endswith(".") else .5 * (0 < len(words) <= 4 and all(w in want for w in words))), True, True
@@ -360,19 +365,19 @@ def follow(t, core, words):
         form = {"surname": rf"{alt(NAMES)} {alt(SURNAMES)}\.",
                 "hue": rf"((The {alt(THINGS)}|It) is )?{alt(COLORS)}\."}[kind]
         ok = re.fullmatch(form, core) is not None
-        right = words and words[-1] == words_of(want)[-1] and (kind == "hue" or words[0] == words_of(want)[0])
-        return (1. if ok else 0.), bool(right) if ok else True, ok
+        right = core == want or kind == "hue" and words[-1:] == words_of(want)[-1:] and words[0] != "The"
+        return (1. if ok else 0.), right if ok else True, ok
     if kind == "find":
         pool = {"color": COLORS, "animal": ANIMALS, "thing": THINGS}[g[0]]
-        ok = len(words) == 1 and core.endswith(".")
-        return (1. if ok and core[:-1] in pool else .5 * (ok and core[:-1] in g)), True, ok
+        found = re.sub(r"^(It is )?(The |the |an? )?", "", core)[:-1]
+        return (1. if found in pool else .5 * (found in (g[1], g[3], g[4]))), True, found in pool
     raise ValueError(kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Labelers. Gold is the noise-free labeler: the published weights, on the scale 1 to 7 of the paper's overall rating.
 
-WEIGHTS = {"follows": 2.25, "truthful": 1.75, "constraint": 0.75, "polite": 0.75, "finished": 0.5}    # sum 6: gold runs from 1 to 7
+WEIGHTS = {"follows": 2.0, "truthful": 1.5, "constraint": 0.75, "polite": 1.25, "finished": 0.5}    # sum 6: gold runs from 1 to 7
 
 
 def features(m):
@@ -394,7 +399,7 @@ class Labeler:
     lapse: float       # share of answers that the labeler misjudges altogether
 
 
-LAPSE = {"train": 0.33, "heldout": 0.28}      # calibrated on sft_samples.jsonl to the paper's 72.6 and 77.3 % agreement
+LAPSE = {"train": 0.34, "heldout": 0.25}      # calibrated on sft_samples.jsonl to the paper's 72.6 and 77.3 % agreement
 TIE = 0.3                                    # closer than this on the Likert scale is a tie
 
 
@@ -569,6 +574,8 @@ def new_prompt(rng, writer, forms, use_case):
         while shots and len(PIECES.findall("".join(shots) + text)) > LONGEST:
             shots.pop()
         text, form = "".join(shots) + text, form if shots else "plain"
+    elif form == "user-based" and use_case == "chat":
+        form = "plain"                           # small talk is not for a shop
     elif form == "user-based":
         text = rng.choice(REMARKS) + "\n" + text
     if form == "plain" and rng.random() < .08:
