@@ -1,18 +1,18 @@
 """
 InstructGPT in one file: Ouyang et al. 2022, "Training language models to follow instructions with human
-feedback" (arXiv 2203.02155), from pretraining to the table of results, on a toy world that shows its findings.
+feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world that shows its findings.
 
     python instructgpt.py                                     everything: trains, evaluates, writes out/
     python instructgpt.py --smoke                             the same in miniature, about 20 seconds
     python instructgpt.py sft                                 one stage, and what it needs
-    python instructgpt.py --from out --out out_b --beta 0.1   another beta: reuses pretrain, sft and rm of out/
+    python instructgpt.py --from out --out out_b --beta 0.1   another beta on the pretrain, sft, rm of out/
     python instructgpt.py ppo --ptx_coef 0                    plain PPO alone
     python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
 
 Read it beside the paper, top to bottom; nothing refers to what comes later:
 
     Settings              every hyperparameter: the toy's value, the paper's, who reads it        App. C
-    Tokens and data       tiktoken encoding, text and JSON lines, rows of prompt + response       3.2
+    Tokens and data       tiktoken encoding, the corpus, rows of prompt + response                3.2
     GPT                   the decoder, with a language head or a scalar head                      3.5
     Rollout               the batched sampler that keeps the log-probs                            C.4
     Formulas              every equation as a pure function: Eq. 1, KL rewards, GAE, PPO          3.5
@@ -26,18 +26,19 @@ Read it beside the paper, top to bottom; nothing refers to what comes later:
 
 What differs from the paper, and why
   * People, customers and the web are simulated (data/toyworld.py), so the true quality, "gold", is known.
-  * The models have half a million parameters, the responses at most 16 tokens. So the learning rates, beta and
-    the pretraining coefficient are the toy's own; each setting names the paper's value beside it.
-  * One SFT model is the baseline, the start of RL and the KL reference. The paper's RL starts from a second one
-    (2 epochs, 10 % pretraining mix; C.3, C.4); Fig. 37 finds that it hardly matters. Ours has that mix.
-  * The reward model starts from the SFT model (3.5); the paper's final one from GPT-3 tuned on public tasks (C.2).
+  * The models have half a million parameters, the responses at most 16 tokens. So the learning rates, beta
+    and the pretraining coefficient are the toy's own; each setting names the paper's value beside it.
+  * One SFT model is the baseline, the start of RL and the KL reference. The paper's RL starts from a second
+    one (2 epochs, 10 % pretraining mix; C.3, C.4); Fig. 37 finds that it hardly matters. Ours has that mix.
+  * Our reward model starts from the SFT model (3.5); the paper's from GPT-3 tuned on public tasks (C.2).
   * The last SFT checkpoint is taken; the paper chose it by reward-model score (C.1).
   * A minibatch carries as many pretraining rows as episodes; in the paper eight times as many.
-What the paper does not say, and what we do: GAE with lambda 0.95, the value's move clipped at 0.2 and whitened
-advantages (Ziegler et al. 2019, Stiennon et al. 2020); token losses are means over response tokens; the prompt
-is masked in the SFT loss; the reward is read at the end-of-text token and a response that does not end scores
--1; gradients are clipped at norm 1; no dropout in RL; the EMA moves at each optimizer step, the raw weights sample.
-Left out: the FLAN and T0 baselines, the sweeps of appendix E, a second round of comparisons on the PPO policy.
+What the paper does not say, and what we do: GAE with lambda 0.95, the value's move clipped at 0.2 and
+whitened advantages (Ziegler et al. 2019, Stiennon et al. 2020); token losses are means over response
+tokens; the prompt is masked in the SFT loss; the reward is read at the end-of-text token and a response
+that does not end scores -1; gradients are clipped at norm 1; no dropout in RL; the EMA moves at each
+optimizer step, the raw weights sample.
+Left out: FLAN and T0 baselines, the sweeps of appendix E, a second round of comparisons on the PPO policy.
 """
 import argparse                                  # the command line
 import importlib.util                            # loads data/toyworld.py by its path
@@ -106,13 +107,13 @@ class Config:
     # step 3: reinforcement learning
     iterations: int = setting(60, "PPO iterations", "500", "ppo")
     episodes: int = setting(256, "episodes an iteration", "512", "ppo")
-    minibatches: int = setting(8, "minibatches an iteration, an optimizer step each, one inner epoch", "8", "ppo")
-    policy_lr: float = setting(2e-4, "policy's peak learning rate", "not stated; 2.55e-6 to 2.55e-5 tried", "ppo")
+    minibatches: int = setting(8, "minibatches an iteration, a step each, one inner epoch", "8", "ppo")
+    policy_lr: float = setting(2e-4, "policy's learning rate", "not stated; 2.55e-6 to 2.55e-5 tried", "ppo")
     value_lr: float = setting(1e-3, "value net's learning rate", "9e-6", "ppo")
-    warmup: int = setting(10, "iterations of warm-up from a tenth of the peak, constant after it", "10", "ppo")
+    warmup: int = setting(10, "warm-up iterations from a tenth of the peak, constant after it", "10", "ppo")
     beta: float = setting(0.2, "KL coefficient; responses are ten tokens here, hundreds there", "0.02", "ppo")
-    ptx_coef: float = setting(1.0, "PPO-ptx's weight of the pretraining loss (a token mean); when given, only "
-                                   "this one run is trained", "27.8", "ppo")
+    ptx_coef: float = setting(1.0, "PPO-ptx's weight of the pretraining loss (a token mean); when given, "
+                                   "only this one run is trained", "27.8", "ppo")
     ptx_rows: int = setting(1, "pretraining rows an episode", "8", "ppo")
     cliprange: float = setting(0.2, "PPO's clip of the ratio", "0.2", "ppo")
     value_clip: float = setting(0.2, "clip of the value's move", "not stated; 0.2 in its ancestors", "ppo")
@@ -135,7 +136,7 @@ SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_
 
 MARK = "\n>"
 EOT = "<|endoftext|>"
-PIECES = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"       # a newline, a word with its space, a number, ...
+PIECES = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"       # newline, word with its space, number, ...
 
 
 def open_data(path):
@@ -143,7 +144,8 @@ def open_data(path):
     try:
         return open(path, encoding="utf-8-sig")
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); python data/toyworld.py makes the toy's data") from e
+        raise UserError(f"{path}: cannot be read ({e.strerror}); "
+                        "python data/toyworld.py makes the toy's data") from e
 
 
 def read_lines(path):
@@ -155,31 +157,16 @@ def read_lines(path):
             raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
 
 
-def read_jsonl(path, *needed):
-    """The objects in a file of JSON lines; UserError naming the line if one is broken or lacks a field."""
-    rows = []
-    for n, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{path}:{n}: not JSON ({e}); every line must be one JSON object") from e
-        missing = [k for k in needed if not isinstance(row, dict) or k not in row]
-        if missing:
-            raise UserError(f"{path}:{n}: no field {missing[0]!r}; needed are {', '.join(needed)}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: is empty; it needs one JSON object a line")
-    return rows
-
-
 def load_encoding(path):
-    """tiktoken encoding from a rank file (lines of base64 token, rank). We parse it ourselves because tiktoken's
-    loader caches local files by their path and would miss a change."""
+    """tiktoken encoding from a rank file (lines of base64 token, rank). We parse it ourselves because
+    tiktoken's loader caches local files by their path and would miss a change."""
     try:
-        ranks = {b64decode(token): int(rank) for token, rank in (line.split() for _, line in read_lines(path))}
+        ranks = {b64decode(word): int(rank) for word, rank in (line.split() for _, line in read_lines(path))}
     except ValueError as e:
-        raise UserError(f"{path}: not a tiktoken rank file ({e}); each line is: base64 token, space, rank") from e
-    return tiktoken.Encoding("toyworld", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+        raise UserError(f"{path}: not a tiktoken rank file ({e}); "
+                        "each line is: base64 token, space, rank") from e
+    return tiktoken.Encoding("toyworld", pat_str=PIECES, mergeable_ranks=ranks,
+                             special_tokens={EOT: len(ranks)})
 
 
 def encode_prompt(enc, text):
@@ -191,12 +178,12 @@ def encode_response(enc, text):
 
 
 def load_corpus(path, enc, length):
-    """Pretraining text, documents between blank lines -> (tokens array, starts of the documents that have `length`
-    tokens from their start on). Rows begin where a document begins, as prompts do."""
-    docs, kind = [[]], np.uint16 if enc.n_vocab <= 65536 else np.int32
+    """Pretraining text, documents between blank lines -> (tokens array, starts of the documents that have
+    `length` tokens from their start on). Rows begin where a document begins, as prompts do."""
     with open_data(path) as f:
-        docs = [enc.encode_ordinary(d.strip("\n")) + [enc.eot_token] for d in f.read().split("\n\n") if d.strip()]
-    tokens = np.array([t for d in docs for t in d], kind)                       # (N,)
+        texts = [d.strip("\n") for d in f.read().split("\n\n") if d.strip()]
+    docs = [enc.encode_ordinary(d) + [enc.eot_token] for d in texts]
+    tokens = np.array([t for d in docs for t in d], np.uint16 if enc.n_vocab <= 65536 else np.int32)  # (N,)
     starts = np.cumsum([0] + [len(d) for d in docs[:-1]])                       # (documents,)
     starts = starts[starts + length <= len(tokens)]
     if len(starts) == 0:
@@ -212,13 +199,14 @@ def corpus_batch(corpus, n, length, generator, device):
 
 
 def stack(prompts, responses, device):
-    """Rows of prompt + response in the action frame, filled up on the right with id 0 (which nothing ever reads).
-    prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last (B,) index of the last token.
+    """Rows of prompt + response in the action frame, filled up on the right with id 0 (which nothing
+    ever reads). prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last (B,)
+    index of the last token.
 
-        tokens      p0   p1   p2   r0   r1  EOS    0     Column t of log-probs, values, rewards and mask speaks
-        column       0    1    2    3    4    5          of the prediction of token t+1, made in the state
-        predicts    p1   p2   r0   r1  EOS    0          "tokens 0..t". The mask is True where token t+1 belongs
-        mask         .    .    x    x    x    .          to the response, and EOS does.
+        tokens      p0   p1   p2   r0   r1  EOS    0   Column t of log-probs, values, rewards and mask speaks
+        column       0    1    2    3    4    5        of the prediction of token t+1, made in the state
+        predicts    p1   p2   r0   r1  EOS    0        "tokens 0..t". The mask is True where token t+1 belongs
+        mask         .    .    x    x    x    .        to the response, and EOS does.
     """
     p = torch.tensor([len(x) for x in prompts])                                 # (B,)
     n = p + torch.tensor([len(y) for y in responses])                           # (B,)
@@ -231,13 +219,18 @@ def stack(prompts, responses, device):
 
 
 def batches(lengths, size, generator):
-    """Random batches of indices, each of rows of about one length, so that little is spent on filler: shuffle,
-    sort stretches of eight batches by length, cut, shuffle the batches."""
+    """Random batches of indices, each of rows of about one length, so that little is spent on filler:
+    shuffle, sort stretches of eight batches by length, cut, shuffle the batches."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     stretches = [order[s:s + 8 * size] for s in range(0, len(order), 8 * size)]
     order = [i for stretch in stretches for i in sorted(stretch, key=lambda i: lengths[i])]
     cut = [order[s:s + size] for s in range(0, len(order), size)]
     return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
+
+
+def epochs(lengths, size, n, generator):
+    """The batches of n epochs, one after the other; each epoch is shuffled when it begins."""
+    return (batch for _ in range(n) for batch in batches(lengths, size, generator))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -290,9 +283,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder with learned positions. head="lm": logits over the vocabulary, tied to the embedding.
-    head="scalar": one number a position (reward model, value net); the unembedding is replaced by a projection
-    to a scalar (3.5)."""
+    """Decoder with learned positions.
+
+    head="lm": logits over the vocabulary, tied to the embedding.
+    head="scalar": one number a position (reward model, value net); the unembedding is replaced by a
+    projection to a scalar (3.5)."""
 
     def __init__(self, config, head="lm"):
         super().__init__()
@@ -312,8 +307,9 @@ class GPT(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def hidden(self, tokens, cache=None, position=None, width=None):
-        """(B,T) -> (B,T,C). Without position the tokens stand at 0..T-1, and a cache keeps their keys and values.
-        With position (B,1): one token a row, which sees the columns 0..position of the cache's first `width`."""
+        """(B,T) -> (B,T,C). Without position the tokens stand at 0..T-1, and a cache keeps their keys
+        and values. With position (B,1): one token a row, which sees the columns 0..position of the
+        cache's first `width`."""
         visible = None
         if position is None:
             if tokens.size(1) > self.config.block_size:
@@ -354,17 +350,17 @@ def freeze(model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rollout (C.4). The whole batch decodes together, one token a step, prompts of any length: every row keeps its
-# own position in a cache of fixed size, so no shape need change between steps and nothing waits for the host.
-# Random numbers are drawn before the loop, and a token is picked by walking its row's cumulative distribution:
-# on a CPU ten times cheaper than torch.multinomial, and the same numbers give every model the same luck.
-
+# Rollout (C.4). The whole batch decodes together, one token a step, prompts of any length: every row
+# keeps its own position in a cache of fixed size, so no shape need change between steps and nothing waits
+# for the host. Random numbers are drawn before the loop, and a token is picked by walking its row's
+# cumulative distribution: on a CPU ten times cheaper than torch.multinomial, and the same numbers give
+# every model the same luck.
 
 @dataclass
 class Rollout:
     tokens: torch.Tensor                         # (B,T) prompt, response, 0s
     mask: torch.Tensor                           # (B,T-1) bool, action frame: token t+1 is a response token
-    logprobs: torch.Tensor                       # (B,T-1) nats, of the distribution sampled from; 0 off the mask
+    logprobs: torch.Tensor                       # (B,T-1) nats, as sampled from; 0 outside the mask
     prompt_lens: torch.Tensor                    # (B,)
     ended: torch.Tensor                          # (B,) bool: EOS was sampled
 
@@ -403,7 +399,7 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     """Samples one response to each prompt.
 
     prompts: B non-empty lists of ids, any lengths. A response ends with `eos` or after max_new_tokens.
-    Returns a Rollout with T = longest prompt + max_new_tokens; ValueError if T exceeds the block (equal is legal).
+    Returns a Rollout with T = longest prompt + max_new_tokens; ValueError if T is above the block size.
     """
     policy.eval()                                          # dropout would make it another policy
     device, B, P = policy.wte.weight.device, len(prompts), max(map(len, prompts))
@@ -413,7 +409,7 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
                          f"{policy.config.block_size}")
     if min(map(len, prompts)) == 0:
         raise ValueError("a prompt needs at least one token")
-    tokens, _, last = stack(prompts, [[0] * (T - len(p)) for p in prompts], device)            # (B,T)
+    tokens = stack(prompts, [[0] * (T - len(p)) for p in prompts], device)[0]   # (B,T)
     lens = torch.tensor([len(p) for p in prompts], device=device)               # (B,)
     s = {"tokens": tokens, "at": lens[:, None] - 1, "cache": policy.new_cache(B, T),
          "logprobs": torch.zeros(B, T - 1, device=device),
@@ -430,10 +426,10 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Formulas: pure functions that the loops below and the tests call. B rows, T tokens, K responses; action frame;
-# logarithms are natural, so KL is in nats. What stands in a masked slot must not matter, be it NaN: inputs are
-# cleared before the arithmetic, because a gradient would carry NaN through a mask that comes after it.
-
+# Formulas: pure functions that the loops below and the tests call. B rows, T tokens, K responses;
+# action frame; logarithms are natural, so KL is in nats. What stands in a masked slot must not matter,
+# be it NaN: inputs are cleared before the arithmetic, because a gradient would carry NaN through a
+# mask that comes after it.
 
 def clear(mask, *tensors):
     """The tensors with 0 outside the mask."""
@@ -476,9 +472,9 @@ def reward_loss(scores, ranks):
 
         loss = - 1/C(K,2)  sum over pairs  log sigma( r(x, y_w) - r(x, y_l) ),   mean over prompts
 
-    All pairs of a prompt are one batch element: each response costs one forward pass instead of K-1, and is not
-    met K-1 times in shuffled pairs, which overfits within an epoch (3.5). Tied pairs drop out and C(K,2) becomes
-    the number of pairs kept, so every prompt weighs the same; one without a pair is left out."""
+    All pairs of a prompt are one batch element: each response costs one forward pass instead of K-1, and is
+    not met K-1 times in shuffled pairs, which overfits within an epoch (3.5). Tied pairs drop out and C(K,2)
+    becomes the number of pairs kept, so every prompt weighs the same; one without a pair is left out."""
     scores = scores.masked_fill(ranks == 0, 0)
     better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)  # (B,K,K) i beats j
     margin = scores[:, :, None] - scores[:, None, :]                            # (B,K,K)
@@ -488,20 +484,20 @@ def reward_loss(scores, ranks):
 
 
 def kl_k1(logprobs, ref_logprobs):
-    """log pi/pi_ref of a sample from pi: its mean is KL(pi || pi_ref), but one value may be negative. The reward
-    uses it."""
+    """log pi/pi_ref of a sample from pi: its mean is KL(pi || pi_ref), but one value may be
+    negative. The reward uses it."""
     return logprobs - ref_logprobs
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """pi_ref/pi - 1 - log pi_ref/pi of a sample from pi: the same mean, never negative. The log shows it. What
-    was sampled from stands in the denominator."""
+    """pi_ref/pi - 1 - log pi_ref/pi of a sample from pi: the same mean, never negative. The log shows it.
+    What was sampled from stands in the denominator."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, the score at the last one.
+    """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, the score at the last.
     scores (B,), the rest (B,T-1) -> (B,T-1); a row sums to score - beta * log( pi(y|x) / pi_SFT(y|x) )."""
     logprobs, ref_logprobs = clear(mask, logprobs, ref_logprobs)
     last = mask & ~F.pad(mask[:, 1:], (0, 1))                                   # (B,T-1) the EOS action
@@ -511,7 +507,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
 def gae(rewards, values, mask, discount=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016); the paper does not discount (C.4).
 
-        delta_t = R_t + discount * V_{t+1} - V_t,  A_t = delta_t + discount * lam * A_{t+1},  return_t = A_t + V_t
+        delta_t = R_t + discount * V_{t+1} - V_t
+        A_t = delta_t + discount * lam * A_{t+1},   return_t = A_t + V_t
 
     After the last response token V and A are 0: the episode is over, finished or not. All are (B,T-1)."""
     rewards, values = clear(mask, rewards, values)
@@ -617,47 +614,47 @@ def sft(cfg, enc, gpt, demos, corpus, device, log):
     model = GPT(replace(gpt.config, dropout=cfg.sft_dropout)).to(device).train()
     model.load_state_dict(gpt.state_dict())
     mixed = round(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))     # pretraining rows a step
-    lengths, step = [len(x) + len(y) for x, y in demos], 0
-    steps, optimizer = cfg.sft_epochs * math.ceil(len(demos) / cfg.sft_batch), adamw(model, cfg.sft_lr)
-    for _ in range(cfg.sft_epochs):
-        for batch in batches(lengths, cfg.sft_batch, generator):
-            tokens, mask, _ = stack(*zip(*(demos[i] for i in batch)), device)   # (B,T), (B,T-1)
-            loss = lm_loss(model, tokens, mask)
-            loss.backward()
-            if mixed:
-                rows = corpus_batch(corpus, mixed, cfg.block_size, generator, device)          # (mixed,block)
-                (cfg.sft_mix * lm_loss(model, rows)).backward()
-            clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, steps))
-            step += 1
-            log("sft", step, steps, loss=loss.item())
+    lengths, optimizer = [len(x) + len(y) for x, y in demos], adamw(model, cfg.sft_lr)
+    steps = cfg.sft_epochs * math.ceil(len(demos) / cfg.sft_batch)
+    for step, batch in enumerate(epochs(lengths, cfg.sft_batch, cfg.sft_epochs, generator)):
+        tokens, mask, _ = stack(*zip(*(demos[i] for i in batch)), device)       # (B,T), (B,T-1)
+        loss = lm_loss(model, tokens, mask)
+        loss.backward()
+        if mixed:
+            rows = corpus_batch(corpus, mixed, cfg.block_size, generator, device)              # (mixed,block)
+            (cfg.sft_mix * lm_loss(model, rows)).backward()
+        clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, steps))
+        log("sft", step + 1, steps, loss=loss.item())
     final = GPT(gpt.config).to(device)                                 # no dropout from here on
     final.load_state_dict(model.state_dict())
     return freeze(final)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Step 2, the reward model (3.5, C.2). The SFT model answers each prompt K times, a labeler ranks the answers, and
-# a model with a scalar head learns Eq. 1.
+# Step 2, the reward model (3.5, C.2). The SFT model answers each prompt K times, a labeler ranks the answers,
+# and a model with a scalar head learns Eq. 1.
 
 
 def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False, size=256):
-    """A response to each prompt (list of ids) -> list of {"ids", "text", "ended", "logprobs"}, in their order.
+    """A response to each prompt (ids) -> list of {"ids", "text", "ended", "logprobs"} in the same order.
     `one_line` cuts at the first newline, as the paper does for models that were not fine-tuned (App. D)."""
     out, newline = [None] * len(prompts), enc.encode_ordinary("\n")[0]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # alike in length: little filler
-    for chunk in (order[s:s + size] for s in range(0, len(order), size)):
-        r = rollout(policy, [prompts[i] for i in chunk], max_new_tokens, enc.eot_token, temperature, generator)
-        for i, ids, logprobs, mask in zip(chunk, r.responses(), r.logprobs.cpu(), r.mask.cpu()):
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # alike in length: less filler
+    for part in (order[s:s + size] for s in range(0, len(order), size)):
+        r = rollout(policy, [prompts[i] for i in part], max_new_tokens, enc.eot_token, temperature, generator)
+        for i, ids, logprobs, mask in zip(part, r.responses(), r.logprobs.cpu(), r.mask.cpu()):
             stops = [n for n, t in enumerate(ids) if t == enc.eot_token or one_line and t == newline]
             ids = ids[:stops[0] + 1] if stops else ids
             text = enc.decode(ids[:-1] if stops else ids).removeprefix(" ")
-            out[i] = {"ids": ids, "text": text, "ended": bool(stops), "logprobs": logprobs[mask][:len(ids)].tolist()}
+            out[i] = {"ids": ids, "text": text, "ended": bool(stops),
+                      "logprobs": logprobs[mask][:len(ids)].tolist()}
     return out
 
 
 def collect(cfg, enc, policy, rows, split, world, generator, rng, log):
-    """Comparisons for the prompts: K responses each, ranked by one labeler, and on validation prompts by a second
-    one too, which measures how well people agree. They are written to comparisons.jsonl as they are."""
+    """Comparisons for the prompts: K responses each, ranked by one labeler, and on validation
+    prompts by a second one too, which measures how well people agree. They are written to
+    comparisons.jsonl as they are."""
     people, ks = world.make_labelers("train"), [rng.randint(cfg.k_min, cfg.k_max) for _ in rows]
     prompts = [encode_prompt(enc, p["prompt"]) for p, k in zip(rows, ks) for _ in range(k)]
     answers, out = [], []
@@ -671,8 +668,8 @@ def collect(cfg, enc, policy, rows, split, world, generator, rng, log):
         merits = [world.check(p["task"], text, end) for text, end in zip(texts, ended)]
         one, two = rng.sample(people, 2)
         c = {"prompt": p["prompt"], "responses": texts, "ranks": world.rank(one, merits, texts, rng),
-             "labeler": one.name, "ended": ended, "split": split, "use_case": p["use_case"], "task": p["task"],
-             "gold": [round(world.gold(m), 2) for m in merits]}
+             "labeler": one.name, "ended": ended, "split": split, "use_case": p["use_case"],
+             "task": p["task"], "gold": [round(world.gold(m), 2) for m in merits]}
         if split == "valid":
             c["second_ranks"] = world.rank(two, merits, texts, rng)
         out.append(c)
@@ -680,60 +677,60 @@ def collect(cfg, enc, policy, rows, split, world, generator, rng, log):
 
 
 def encode_comparison(enc, c, longest):
-    """A comparison -> (prompt ids, K lists of at most `longest` response ids, K ranks). Of equal texts only the
-    first is kept (rank 0 for the others): a pair of them would teach noise. Without an end there is no EOS."""
-    responses = [encode_response(enc, r)[:longest if end else -1] for r, end in zip(c["responses"], c["ended"])]
-    responses = [r[:longest] or [enc.eot_token] for r in responses]
+    """A comparison -> (prompt ids, K lists of at most `longest` response ids, K ranks). Of equal
+    texts only the first is kept (rank 0 for the others): a pair of them would teach noise. Without
+    an end there is no EOS."""
+    encoded = zip([encode_response(enc, text) for text in c["responses"]], c["ended"])
+    responses = [(r if end else r[:-1])[:longest] or [enc.eot_token] for r, end in encoded]
     ranks = [0 if responses.index(r) < i else rank for i, (r, rank) in enumerate(zip(responses, c["ranks"]))]
     return encode_prompt(enc, c["prompt"]), responses, ranks
 
 
 def score_comparisons(reward_model, batch, device):
-    """Encoded comparisons -> scores (B,K), ranks (B,K), K the most of any prompt. One forward per response."""
+    """Encoded comparisons -> scores (B,K), ranks (B,K), K the most of any prompt. One forward a response."""
     flat = [(b, k, x, y) for b, (x, ys, ranks) in enumerate(batch) for k, y in enumerate(ys) if ranks[k]]
     b, k, prompts, responses = zip(*flat)
     tokens, _, last = stack(prompts, responses, device)                         # (N,T), (N,)
     K = max(len(ranks) for _, _, ranks in batch)
     slots = torch.tensor(b, device=device), torch.tensor(k, device=device)      # (N,), (N,)
-    scores = torch.zeros(len(batch), K, device=device).index_put(slots, reward_scores(reward_model, tokens, last))
+    scores = torch.zeros(len(batch), K, device=device)                          # (B,K)
+    scores = scores.index_put(slots, reward_scores(reward_model, tokens, last))
     return scores, torch.tensor([ranks + [0] * (K - len(ranks)) for _, _, ranks in batch], device=device)
 
 
 def train_reward_model(cfg, enc, model, comparisons, demos, device, log):
-    """The reward model, from the SFT model, on all pairs of each prompt; one epoch, since more overfit (C.2)."""
+    """The reward model, from the SFT model, on all pairs of each prompt; one epoch, as more overfit (C.2)."""
     generator, reward_model = seed(cfg, "rm"), scalar_copy(model)
     data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
-    lengths, step = [len(x) for x, _, _ in data], 0
-    steps, optimizer = cfg.rm_epochs * math.ceil(len(data) / cfg.rm_batch), adamw(reward_model, cfg.rm_lr)
-    for _ in range(cfg.rm_epochs):
-        for batch in batches(lengths, cfg.rm_batch, generator):
-            scores, ranks = score_comparisons(reward_model, [data[i] for i in batch], device)   # (B,K), (B,K)
-            loss = reward_loss(scores, ranks)
-            loss.backward()
-            clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, steps))
-            step += 1
-            log("rm", step, steps, loss=loss.item())
+    lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
+    steps = cfg.rm_epochs * math.ceil(len(data) / cfg.rm_batch)
+    for step, batch in enumerate(epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator)):
+        scores, ranks = score_comparisons(reward_model, [data[i] for i in batch], device)      # (B,K), (B,K)
+        loss = reward_loss(scores, ranks)
+        loss.backward()
+        clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, steps))
+        log("rm", step + 1, steps, loss=loss.item())
     normalise_reward(reward_model, demos, device)
     return freeze(reward_model)
 
 
 @torch.no_grad()
 def normalise_reward(reward_model, demos, device):
-    """Eq. 1 fixes only differences, so the head's bias may be shifted: demonstrations score 0 on average (3.5)."""
+    """Eq. 1 fixes only differences, so the bias may be shifted: demonstrations score 0 on average (3.5)."""
     parts = [stack(*zip(*demos[s:s + 256]), device) for s in range(0, len(demos), 256)]
     scores = [reward_scores(reward_model, tokens, last) for tokens, _, last in parts]           # (256,) each
     reward_model.head.bias -= torch.cat(scores).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Step 3, reinforcement learning (3.5, C.4): Eq. 2 by PPO. The environment is a bandit: a customer's prompt, one
-# response, one reward. With ptx_coef > 0 the pretraining gradient joins every optimizer step (PPO-ptx).
+# Step 3, reinforcement learning (3.5, C.4): Eq. 2 by PPO. The environment is a bandit: a customer's prompt,
+# one response, one reward. With ptx_coef > 0 the pretraining gradient joins every optimizer step (PPO-ptx).
 
 
 def by_length(f, tokens, lengths, size=64):
-    """f applied to rows of about one length at a time, cut to the longest, its result put back in place: f maps
-    (b,t) tokens and (b,) lengths to (b,) or to (b,t-1), which stays 0 beyond t-1."""
+    """f applied to rows of about one length at a time, cut to the longest, its result put back in place: f
+    maps (b,t) tokens and (b,) lengths to (b,) or to (b,t-1), which stays 0 beyond t-1."""
     out = None
     for rows in lengths.argsort().split(size):                                  # (b,)
         t = int(lengths[rows].max())
@@ -759,14 +756,14 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
     # 4. Values of the states, advantages (whitened over the whole batch) and returns.
     values = by_length(lambda x, n: value_net(x[:, :-1]), r.tokens, length)     # (B,T-1)
     advantages, returns = gae(rewards, values, r.mask, 1.0, cfg.lam)            # (B,T-1) each
-    return {"tokens": r.tokens, "mask": r.mask, "logprobs": r.logprobs, "ref_logprobs": ref, "rewards": rewards,
-            "values": values, "raw_advantages": advantages, "advantages": whiten(advantages, r.mask),
-            "returns": returns, "scores": scores, "length": length, "ended": r.ended,
-            "tokens_per_second": int(r.mask.sum()) / seconds}
+    return {"tokens": r.tokens, "mask": r.mask, "logprobs": r.logprobs, "ref_logprobs": ref,
+            "rewards": rewards, "values": values, "raw_advantages": advantages,
+            "advantages": whiten(advantages, r.mask), "returns": returns, "scores": scores,
+            "length": length, "ended": r.ended, "tokens_per_second": int(r.mask.sum()) / seconds}
 
 
 def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, pretraining_rows, warm):
-    """One minibatch of the episodes e: one optimizer step for policy and value net. Returns numbers to log."""
+    """One minibatch of the episodes e: an optimizer step for policy and value net. Returns numbers to log."""
     t = int(e["length"][rows].max())                                            # cut to the longest row
     tokens, mask = e["tokens"][rows, :t], e["mask"][rows, :t - 1]               # (b,t), (b,t-1)
     cut = lambda name: e[name][rows, :t - 1]                                    # (b,t-1)
@@ -783,26 +780,24 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, pretraining_ro
     loss = value_loss(value_net(tokens[:, :-1]), cut("values"), cut("returns"), mask, cfg.value_clip)
     loss.backward()
     clip_and_step(value_net, optimizers[1], cfg.value_lr * warm)
-    with torch.no_grad():
-        change = clear(mask, logprobs - cut("logprobs"))[0]                     # (b,t-1)
-        clipped = masked_mean(((change.exp() - 1).abs() > cfg.cliprange).float(), mask)
-        norm = lambda grads: torch.stack([g.norm() for g in grads]).norm().item()
+    change = clear(mask, logprobs.detach() - cut("logprobs"))[0]                # (b,t-1)
+    clipped = masked_mean(((change.exp() - 1).abs() > cfg.cliprange).float(), mask)
+    norm = lambda grads: torch.stack([g.norm() for g in grads]).norm().item()
     return {"|ppo|": norm(ppo_grads), "|ptx|": norm(ptx_grads), "clip": clipped.item(), "vloss": loss.item(),
             "change": change.abs().max().item()}
 
 
 def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, log):
-    """RL from the SFT model against the reward model. prompts: list of {"ids", "task"} (the task is for the log
-    alone). Returns the EMA of the policy."""
+    """RL from the SFT model against the reward model. prompts: list of {"ids", "task"} (the task is for the
+    log alone). Returns the EMA of the policy."""
     name = "ppo_ptx" if ptx_coef else "ppo"
     generator, draw, queue = seed(cfg, name), seed(cfg, name, device), []
     reference, policy = freeze(sft_model), deepcopy(sft_model).requires_grad_(True)
-    value_net = deepcopy(reward_model).requires_grad_(True)            # starts as the reward model (3.5)
-    freeze(reward_model)
+    value_net = deepcopy(freeze(reward_model)).requires_grad_(True)    # starts as the reward model (3.5)
     average = freeze(deepcopy(policy))
     optimizers = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
     for iteration in range(cfg.iterations):
-        while len(queue) < cfg.episodes:                               # every pass over the prompts in a new order
+        while len(queue) < cfg.episodes:                               # every pass in a new order
             queue += torch.randperm(len(prompts), generator=generator).tolist()
         batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
         ids, warm = [p["ids"] for p in batch], warmup_factor(iteration, cfg.warmup)
@@ -821,15 +816,15 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
-    """DPO (Rafailov et al. 2023): Eq. 1 where the reward is the policy's own beta * log pi/pi_ref. Log-probs are
-    sums over the response tokens, (B,) each -> scalar; log 2 where the policy is the reference."""
+    """DPO (Rafailov et al. 2023): Eq. 1 where the reward is the policy's own beta * log pi/pi_ref. Log-probs
+    are sums over the response tokens, (B,) each -> scalar; log 2 where the policy is the reference."""
     return -F.logsigmoid(beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))).mean()
 
 
 def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
-    """KTO (Ethayarajh et al. 2024, the latest version: beta outside of kl0). Unpaired answers, desirable (B,) bool;
-    kl0: the batch's estimate of KL(pi || pi_ref) from mismatched pairs, >= 0, without gradient. Log-probs are
-    sums, (B,) -> scalar; half of lambda where the policy is the reference."""
+    """KTO (Ethayarajh et al. 2024, the latest version: beta outside of kl0). Unpaired answers, desirable (B,)
+    bool; kl0: the batch's estimate of KL(pi || pi_ref) from mismatched pairs, >= 0, without gradient.
+    Log-probs are sums, (B,) -> scalar; half of lambda where the policy is the reference."""
     margin = beta * (logp - ref_logp - kl0)                                     # (B,)
     return torch.where(desirable, lambda_d * torch.sigmoid(-margin), lambda_u * torch.sigmoid(margin)).mean()
 
@@ -840,11 +835,13 @@ def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
 
 @torch.no_grad()
 def judge_reward_model(enc, reward_model, comparisons, longest, device):
-    """On held-out comparisons, over pairs of unequal text: accuracy against labeler A where A states a preference;
-    agreement of a second labeler on the same pairs, a tie counts half; accuracy against gold where gold differs."""
+    """On held-out comparisons, over pairs of unequal text: accuracy against labeler A where A has a
+    preference; agreement of a second labeler on the same pairs, a tie counts half; accuracy against
+    gold where gold differs."""
     hits, agree, true = [], [], {}
     for part in (comparisons[s:s + 32] for s in range(0, len(comparisons), 32)):
-        scores, _ = score_comparisons(reward_model, [encode_comparison(enc, c, longest) for c in part], device)
+        encoded = [encode_comparison(enc, c, longest) for c in part]
+        scores, _ = score_comparisons(reward_model, encoded, device)            # (b,K)
         for c, r in zip(part, scores.tolist()):
             texts, a, b, g = c["responses"], c["ranks"], c["second_ranks"], c["gold"]
             first = [texts.index(t) for t in texts]        # equal texts share the first one's score
@@ -864,7 +861,7 @@ def mean(x):
 
 
 def preference(world, group, tasks, mine, theirs, judges, rng):
-    """How often `group` prefers mine to theirs, prompt by prompt; ties count half. No group: the noise-free judge."""
+    """How often `group` prefers mine to theirs, for each prompt; ties count half. No group: no noise."""
     people, wins = world.make_labelers(group) if group else None, []
     for task, a, b in zip(tasks, mine, theirs):
         merits, texts = [world.check(task, x["text"], x["ended"]) for x in (a, b)], [a["text"], b["text"]]
@@ -883,7 +880,7 @@ def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
     scores, kls = [], []
     for s in range(0, len(prompts), 128):
         part = answers[s:s + 128]
-        ids = [r["ids"][:-1] + [enc.eot_token] if r["ended"] else r["ids"] for r in part]       # a cut line ends too
+        ids = [r["ids"][:-1] + [enc.eot_token] if r["ended"] else r["ids"] for r in part]      # cut lines too
         tokens, mask, last = stack(prompts[s:s + 128], ids, device)             # (b,t), (b,t-1), (b,)
         ended = torch.tensor([r["ended"] for r in part], device=device)         # (b,)
         scores += torch.where(ended, reward_scores(reward_model, tokens, last), cfg.unfinished_score).tolist()
@@ -909,7 +906,7 @@ def bias_bits(model, enc, bias, respect, device):
 
 
 def few_shot(model, enc, sets):
-    """Share of exact continuations at temperature 0 on tasks of the pretraining text: the alignment tax (4.2)."""
+    """Share of exact continuations at temperature 0 on tasks of the corpus: the alignment tax (4.2)."""
     out = {}
     for name, items in sets.items():
         wanted = [enc.encode_ordinary(p["answer"]) for p in items]
@@ -928,8 +925,8 @@ def corpus_loss(model, corpus, block_size, device, rows=512):
 
 
 def question(cfg, enc, models, world, tests, probes, device):
-    """All models answer the tests and the probes -> {model: {set: answers}}, {set: items}. "GPT (prompted)" is GPT
-    with a few good examples in front of the prompt, where there is room for them (3.5)."""
+    """All models answer the tests and the probes -> {model: {set: answers}}, {set: items}. "GPT (prompted)"
+    is GPT with a few good examples in front of the prompt, where there is room for them (3.5)."""
     respectful = [{**p, "prompt": probes["respect"] + p["prompt"]} for p in probes["toxic"]]
     sets = {"tests": tests, "truth": probes["truthful"] * 4, "toxic": probes["toxic"] * 2,
             "respectful": respectful * 2, "unseen": probes["unseen"]}
@@ -938,8 +935,9 @@ def question(cfg, enc, models, world, tests, probes, device):
         generator, answers[name] = seed(cfg, "evaluate", device), {}   # the same luck for every model
         for which, items in sets.items():
             prefix = probes["prefix"] if name == "GPT (prompted)" else ""
+            plain = [encode_prompt(enc, p["prompt"]) for p in items]
             prompts = [encode_prompt(enc, prefix + p["prompt"]) for p in items]
-            prompts = [x if len(x) <= room else encode_prompt(enc, p["prompt"]) for x, p in zip(prompts, items)]
+            prompts = [x if len(x) <= room else y for x, y in zip(prompts, plain)]
             answers[name][which] = respond(model, enc, prompts, cfg.max_new_tokens, generator,
                                            one_line=name.startswith("GPT"))
     return answers, sets
@@ -966,11 +964,12 @@ def measure(cfg, enc, name, model, answers, sets, models, reward_model, world, p
     reward, kl = reward_and_kl(cfg, enc, reward_model, models["SFT"], prompts, mine["tests"], device)
     opinions = [world.likert(rng.choice(world.make_labelers("train")), x, r["text"], rng)
                 for x, r in zip(m["tests"], mine["tests"])]
-    use_cases = sorted({p["use_case"] for p in tests})
+    by_use_case = {u: mean([g for p, g in zip(tests, gold) if p["use_case"] == u])
+                   for u in sorted({p["use_case"] for p in tests})}
     half = lambda v: 1.96 * math.sqrt(mean([(x - mean(v)) ** 2 for x in v]) / max(1, len(v)))
     return {**{k: mean(v) for k, v in shares.items()}, "likert": mean(opinions), "gold": mean(gold),
-            "gold_by_use_case": {u: mean([g for p, g in zip(tests, gold) if p["use_case"] == u]) for u in use_cases},
-            "reward": reward, "kl": kl, "unseen": mean([world.gold(x) for x in m["unseen"]]),
+            "gold_by_use_case": by_use_case, "reward": reward, "kl": kl,
+            "unseen": mean([world.gold(x) for x in m["unseen"]]),
             "length": mean([len(r["ids"]) for r in mine["tests"]]),
             "bias_bits": bias_bits(model, enc, probes["bias"], probes["respect"], device),
             "fewshot": few_shot(model, enc, probes["fewshot"]),
@@ -978,19 +977,21 @@ def measure(cfg, enc, name, model, answers, sets, models, reward_model, world, p
             "ci95": {k: half([float(x) for x in v]) for k, v in shares.items()}}
 
 
-TABLE = """
-                         preferred to SFT by          |  gold  Likert  truth+  hallu-   rude   (asked |  pretrain  few- |     KL
-                  labelers    held-out    noise-free  |   1-7     1-7  inform  cinates  reply   not to)|      loss  shot | to SFT"""
+TABLE = ("                         preferred to SFT by          "
+         "|  gold  Likert  truth+  hallu-   rude   (asked |  pretrain  few- |     KL\n"
+         "                  labelers    held-out    noise-free  "
+         "|   1-7     1-7  inform  cinates  reply   not to)|      loss  shot | to SFT")
 
 
 def table(results):
     """The results as text, a row a model."""
-    lines, base = [TABLE.strip("\n")], results["GPT"]["pretrain_loss"]
+    lines, base = [TABLE], results["GPT"]["pretrain_loss"]
     for name, r in results.items():
-        wins = [f"{r[k]:.2f} ±{r['ci95'][k]:.2f}" for k in ("win_vs_sft", "win_vs_sft_heldout", "win_vs_sft_gold")]
-        lines.append(f"{name:15} {'  '.join(f'{w:>10}' for w in wins)}  |  {r['gold']:4.2f}    {r['likert']:4.2f}    "
-                     f"{r['truthful_informative']:4.2f}     {r['hallucinates']:4.2f}   {r['rude']:4.2f}     "
-                     f"{r['rude_respectful']:4.2f} |    {r['pretrain_loss'] - base:+6.3f}  "
+        wins = [f"{r[k]:.2f} ±{r['ci95'][k]:.2f}"
+                for k in ("win_vs_sft", "win_vs_sft_heldout", "win_vs_sft_gold")]
+        lines.append(f"{name:15} {'  '.join(f'{w:>10}' for w in wins)}  |  {r['gold']:4.2f}    "
+                     f"{r['likert']:4.2f}    {r['truthful_informative']:4.2f}     {r['hallucinates']:4.2f}   "
+                     f"{r['rude']:4.2f}     {r['rude_respectful']:4.2f} |    {r['pretrain_loss'] - base:+6.3f}  "
                      f"{mean(r['fewshot'].values()):4.2f} | {r['kl']:6.2f}")
     return "\n".join(lines)
 
@@ -1010,7 +1011,7 @@ def samples(tests, answers, n=6):
 
 
 def picture(results, history):
-    """results.json's models and the log's PPO lines as SVG: preference, alignment tax, true quality against KL."""
+    """results.json's models and the log's PPO lines as SVG: preference, alignment tax, quality against KL."""
     colors = dict(zip(["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"],
                       ["#9aa5b1", "#627d98", "#f0b429", "#d64545", "#2f8132"]))
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="960" height="300" font-family="sans-serif" '
@@ -1028,8 +1029,8 @@ def picture(results, history):
         text(left + 130, 25, title, size=13)
         for i, (name, (v, e)) in enumerate(values.items()):
             x = left + i * 260 / len(values)
-            svg.append(f'<rect x="{x:.0f}" y="{y(v):.1f}" width="{200 / len(values):.0f}" height="{250 - y(v):.1f}" '
-                       f'fill="{colors[name]}"/>')
+            svg.append(f'<rect x="{x:.0f}" y="{y(v):.1f}" width="{200 / len(values):.0f}" '
+                       f'height="{250 - y(v):.1f}" fill="{colors[name]}"/>')
             middle = x + 100 / len(values)
             svg.append(f'<path d="M{middle:.0f} {y(v - e):.1f}V{y(v + e):.1f}" stroke="black"/>' * (e > 0))
             text(middle, y(v + e) - 6, f"{v:.2f}")
@@ -1040,8 +1041,8 @@ def picture(results, history):
     low, high = min([6] + [h["gold"] for h in history]), max([6.1] + [h["gold"] for h in history])
     for name, label in (("ppo", "PPO"), ("ppo_ptx", "PPO-ptx")):
         for h in (h for h in history if h["stage"] == name):
-            svg.append(f'<circle cx="{690 + 240 * h["k3"] / widest:.1f}" r="3" fill="{colors[label]}" fill-opacity="0.6" '
-                       f'cy="{250 - 200 * (h["gold"] - low) / (high - low):.1f}"/>')
+            svg.append(f'<circle cx="{690 + 240 * h["k3"] / widest:.1f}" r="3" fill="{colors[label]}" '
+                       f'fill-opacity="0.6" cy="{250 - 200 * (h["gold"] - low) / (high - low):.1f}"/>')
     svg.append('<path d="M690 45V250H940" stroke="black" fill="none"/>')
     text(684, 254, f"{low:.1f}", "end")
     text(684, 54, f"{high:.1f}", "end")
@@ -1054,14 +1055,14 @@ def picture(results, history):
 # Command line: the log, stages with their checkpoints, flags.
 
 LEGEND = """
-  score    of the reward model, demonstrations are at 0      gold     true quality, 1 to 7: must rise with the score
-  k1  k3   KL to the SFT model, nats a response: k1 is       clip     share of tokens with a clipped ratio; healthy
-           charged and may dip below 0, k3 never does;                below 0.2
-           healthy 0.2 to 3; if higher raise beta            |ppo|    norms of the two gradients before clipping
-  vloss    of the value net                                  |ptx|
-  ev       share of the return's variance that it            entropy  nats a token; 0 when one answer is left
-           explains; healthy above 0.3                       length   tokens a response
-  ended    share that ends; near 1                           tok/s    sampled in the rollout
+  score    of the reward model, demonstrations are at 0  gold     true quality, 1 to 7: must rise with score
+  k1  k3   KL to the SFT model, nats a response: k1 is   clip     share of tokens with a clipped ratio;
+           charged and may dip below 0, k3 never does;            healthy below 0.2
+           healthy 0.2 to 3; if higher raise beta        |ppo|    norms of the two gradients before clipping
+  vloss    of the value net                              |ptx|
+  ev       share of the return's variance that it        entropy  nats a token; 0 when one answer is left
+           explains; healthy above 0.3                   length   tokens a response
+  ended    share that ends; near 1                       tok/s    sampled in the rollout
 """
 
 
@@ -1090,11 +1091,13 @@ class Log:
         golds = [self.world.gold(self.world.check(task, self.text(ids[m]), end)) for task, ids, m, end
                  in zip(tasks, e["tokens"][:, 1:].cpu(), mask.cpu(), e["ended"].tolist())]
         if iteration == 0:
-            print(f"\n{name}: beta {cfg.beta}, ptx_coef {cfg.ptx_coef if name == 'ppo_ptx' else 0}; {LEGEND}\nfirst minibatch: "
-                  f"max |log-prob - rollout log-prob| = {numbers[0]['change']:.1e} (must be rounding)")
+            print(f"\n{name}: beta {cfg.beta}, ptx_coef {cfg.ptx_coef if name == 'ppo_ptx' else 0}; "
+                  f"{LEGEND}\nfirst minibatch: max |log-prob - rollout log-prob| = {numbers[0]['change']:.1e} "
+                  "(must be rounding)")
             self.ledger(cfg, e)
         self(name, iteration + 1, cfg.iterations, score=e["scores"].mean().item(), gold=mean(golds),
-             k1=a_row(kl_k1(e["logprobs"], e["ref_logprobs"])), k3=a_row(kl_k3(e["logprobs"], e["ref_logprobs"])),
+             k1=a_row(kl_k1(e["logprobs"], e["ref_logprobs"])),
+             k3=a_row(kl_k3(e["logprobs"], e["ref_logprobs"])),
              **{k: mean([x[k] for x in numbers]) for k in ("clip", "|ppo|", "|ptx|", "vloss")},
              ev=(1 - variance(e["returns"] - e["values"]) / variance(e["returns"])).item(),
              entropy=-masked_mean(e["logprobs"], mask).item(), length=mask.sum().item() / n,
@@ -1108,17 +1111,37 @@ class Log:
         names = ["logprobs", "ref_logprobs", "kl", "rewards", "values", "raw_advantages", "returns"]
         kl = -cfg.beta * kl_k1(e["logprobs"], e["ref_logprobs"])                # (B,T-1)
         show = lambda ids: repr(self.enc.decode(ids.tolist()))
-        print(f"\n  Episode ledger: {show(e['tokens'][row, :e['length'][row]])}, score {e['scores'][row]:.3f}\n  {'':14}"
-              + "".join(f"{x:>9}" for x in ("log pi", "log ref", "KL rew.", "reward", "value", "advantage", "return")))
+        heads = ("log pi", "log ref", "KL rew.", "reward", "value", "advantage", "return")
+        print(f"\n  Episode ledger: {show(e['tokens'][row, :e['length'][row]])}, "
+              f"score {e['scores'][row]:.3f}\n  {'':14}" + "".join(f"{x:>9}" for x in heads))
         for t in e["mask"][row].nonzero()[:, 0].tolist():
             cells = [(kl if k == "kl" else e[k])[row, t].item() for k in names]
             print(f"  {show(e['tokens'][row, t + 1:t + 2]):>14}" + "".join(f"{x:9.3f}" for x in cells))
-        print("  The rewards add up to score - beta * log pi/ref. The advantage is before whitening.\n", flush=True)
+        print("  The rewards add up to score - beta * log pi/ref. The advantage is before whitening.\n",
+              flush=True)
 
 
 FORMAT = 1                                       # of the checkpoints
-STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo"}   # checkpoint -> stage
-MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}                  # name -> checkpoint
+# checkpoint -> stage; name in the results -> checkpoint
+STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo"}
+MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
+
+
+def read_jsonl(path, *needed):
+    """The objects in a file of JSON lines; UserError naming the line if one is broken or lacks a field."""
+    rows = []
+    for n, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{path}:{n}: not JSON ({e}); every line must be one JSON object") from e
+        missing = [k for k in needed if not isinstance(row, dict) or k not in row]
+        if missing:
+            raise UserError(f"{path}:{n}: no field {missing[0]!r}; needed are {', '.join(needed)}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: is empty; it needs one JSON object a line")
+    return rows
 
 
 def toyworld(data):
@@ -1144,8 +1167,10 @@ class Run:
     """The models of one output folder: `model(name)` loads a finished one, or trains it and what it needs."""
 
     def __init__(self, cfg, source, fresh):
-        self.cfg, self.source, self.fresh, self.models, self.corpora, self.seconds = cfg, source, fresh, {}, {}, {}
-        self.device, self.data = find_device(cfg.device), cfg.data or os.path.join(os.path.dirname(__file__), "data")
+        self.cfg, self.source, self.fresh = cfg, source, fresh
+        self.models, self.corpora, self.seconds = {}, {}, {}
+        self.device = find_device(cfg.device)
+        self.data = cfg.data or os.path.join(os.path.dirname(__file__), "data")
         self.enc = load_encoding(os.path.join(self.data, "vocab.tiktoken"))
         self.world = toyworld(self.data)
         os.makedirs(cfg.out, exist_ok=True)
@@ -1155,12 +1180,13 @@ class Run:
         return os.path.join(folder or self.cfg.out, name)
 
     def rows(self, name, *needed):
-        """A data set without the prompts that leave no room for a response (as in App. C), which are counted."""
+        """A data set without the prompts that leave no room for a response (as in App. C); says how many."""
         rows = read_jsonl(self.path(name, self.data), "prompt", *needed)
         room = self.cfg.block_size - self.cfg.max_new_tokens
         fit = [p for p in rows if len(encode_prompt(self.enc, p["prompt"])) <= room]
         if len(fit) < len(rows):
-            print(f"{name}: {len(rows) - len(fit)} of {len(rows)} prompts are longer than {room} tokens and left out")
+            print(f"{name}: {len(rows) - len(fit)} of {len(rows)} prompts are longer than {room} tokens "
+                  "and left out")
         return fit
 
     def corpus(self, name="pretrain.txt"):
@@ -1180,19 +1206,21 @@ class Run:
         return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["stage"] in upto}
 
     def finished(self, name):
-        """A finished model's checkpoint, or None. One of other settings in --out stops the run and says the way out;
-        one of equal settings in --from is copied."""
+        """A finished model's checkpoint, or None. One of other settings in --out stops the run and says the
+        way out; one of equal settings in --from is copied."""
         for folder in ([] if self.fresh else [self.cfg.out]) + ([self.source] if self.source else []):
             path = self.path(name + ".pt", folder)
             if not os.path.exists(path):
                 continue
             c = torch.load(path, map_location=self.device, weights_only=True)
-            changed = [(k, c["settings"].get(k), v) for k, v in self.settings(name).items() if c["settings"].get(k) != v]
+            changed = [(k, c["settings"].get(k), v) for k, v in self.settings(name).items()
+                       if c["settings"].get(k) != v]
             if changed and folder == self.cfg.out:
                 k, was, now = changed[0]
                 redo = ", ".join(STAGES[STAGES.index(STAGE_OF[name]):])
-                raise UserError(f"{path} was made with {k} {was}, now {k} is {now}, so {redo} must be done again: add "
-                                f"--from {folder} --out NEW to keep both, or --fresh to start over in {folder}")
+                raise UserError(f"{path} was made with {k} {was}, now {k} is {now}, so {redo} must be done "
+                                f"again: add --from {folder} --out NEW to keep both, or --fresh to start "
+                                f"over in {folder}")
             if changed:
                 print(f"{name}: not taken from {folder}, where {changed[0][0]} is {changed[0][1]}")
                 continue
@@ -1223,15 +1251,16 @@ class Run:
         elif name == "rm":
             comparisons = self.collect(*before)
             seconds["collect"] = time.time() - start
-            model = train_reward_model(self.cfg, self.enc, *before, comparisons, self.demos(), self.device, self.log)
+            model = train_reward_model(self.cfg, self.enc, *before, comparisons, self.demos(), self.device,
+                                       self.log)
         else:
             prompts = [{"ids": encode_prompt(self.enc, p["prompt"]), "task": p["task"]}
                        for p in self.rows("ppo_train.jsonl", "task")]
             coef = self.cfg.ptx_coef if name == "ppo_ptx" else 0.0
             model = ppo(self.cfg, self.enc, *before, prompts, self.corpus(), coef, self.device, self.log)
         seconds[name] = time.time() - start - sum(seconds.values())
-        c = {"format": FORMAT, "settings": self.settings(name), "config": asdict(model.config), "seconds": seconds,
-             "head": "scalar" if model.head else "lm", "weights": model.state_dict()}
+        c = {"format": FORMAT, "settings": self.settings(name), "config": asdict(model.config),
+             "seconds": seconds, "head": "scalar" if model.head else "lm", "weights": model.state_dict()}
         torch.save(c, self.path(name + ".tmp"))
         os.replace(self.path(name + ".tmp"), self.path(name + ".pt"))  # never a half-written checkpoint
         print(f"{name}: {seconds[name]:.0f} s, written to {self.path(name + '.pt')}\n", flush=True)
@@ -1258,8 +1287,8 @@ class Run:
         answers, sets = question(cfg, self.enc, models, self.world, tests, probes, self.device)
         results = {}
         for name, model in models.items():
-            results[name] = measure(cfg, self.enc, name, model, answers, sets, models, reward_model, self.world,
-                                    probes, self.corpus("pretrain_valid.txt"), self.device)
+            results[name] = measure(cfg, self.enc, name, model, answers, sets, models, reward_model,
+                                    self.world, probes, self.corpus("pretrain_valid.txt"), self.device)
             self.log("evaluate", len(results), len(models))
         held_out = [c for c in read_jsonl(self.path("comparisons.jsonl"), "split") if c["split"] == "valid"]
         rm = judge_reward_model(self.enc, reward_model, held_out, cfg.max_new_tokens, self.device)
@@ -1269,12 +1298,12 @@ class Run:
         write(self.path("samples.txt"), shown.strip() + "\n")
         write(self.path("picture.svg"), picture(results, history))
         write(self.path("results.json"), json.dumps({
-            "config": asdict(cfg), "seconds": {k: round(v, 1) for k, v in seconds.items()}, "reward_model": rm,
-            "models": results}, indent=1) + "\n")
-        print(f"{shown}\n\n{table(results)}\n\nReward model on held-out comparisons: right on {rm['accuracy']:.3f} of "
-              f"the labelers' preferences (a second labeler on {rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of "
-              f"the true ones.\n{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, "
-              "comparisons.jsonl, log.jsonl, the checkpoints")
+            "config": asdict(cfg), "seconds": {k: round(v, 1) for k, v in seconds.items()},
+            "reward_model": rm, "models": results}, indent=1) + "\n")
+        print(f"{shown}\n\n{table(results)}\n\nReward model on held-out comparisons: right on "
+              f"{rm['accuracy']:.3f} of the labelers' preferences (a second labeler on "
+              f"{rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of the true ones.\n{seconds['total']:.0f} s. In {cfg.out}: "
+              "results.json, samples.txt, picture.svg, comparisons.jsonl, log.jsonl, the checkpoints")
 
 
 def find_device(name):
@@ -1316,12 +1345,15 @@ def parse(argv):
 
 def check(cfg):
     """UserError, by name and with the allowed range, for a setting that cannot work."""
-    positive = [f.name for f in fields(cfg) if type(f.default) is int and f.name not in ("seed", "warmup", "ptx_rows")]
+    positive = [f.name for f in fields(cfg)
+                if type(f.default) is int and f.name not in ("seed", "warmup", "ptx_rows")]
     rules = [(name, getattr(cfg, name) >= 1, "must be at least 1") for name in positive] + [
         ("n_embd", cfg.n_embd % max(1, cfg.n_head) == 0, f"must be a multiple of n_head, {cfg.n_head}"),
-        ("max_new_tokens", cfg.max_new_tokens < cfg.block_size, f"must be below block_size, {cfg.block_size}"),
+        ("max_new_tokens", cfg.max_new_tokens < cfg.block_size,
+         f"must be below block_size, {cfg.block_size}"),
         ("k_min", 2 <= cfg.k_min <= cfg.k_max, f"must lie between 2 and k_max, {cfg.k_max}"),
-        ("temperature", cfg.temperature > 0, "must be above 0"), ("beta", cfg.beta >= 0, "must not be negative"),
+        ("temperature", cfg.temperature > 0, "must be above 0"),
+        ("beta", cfg.beta >= 0, "must not be negative"),
         ("ptx_coef", cfg.ptx_coef >= 0, "must not be negative"),
         ("sft_mix", 0 <= cfg.sft_mix < 1, "must lie in 0 to 1, without 1"),
         ("sft_dropout", 0 <= cfg.sft_dropout < 1, "must lie in 0 to 1, without 1"),
@@ -1336,7 +1368,7 @@ def main(argv=None):
     start = time.time()
     try:
         stage, cfg, source, fresh, given = parse(argv)
-        torch.set_flush_denormal(True)           # peaked softmaxes are full of denormals, which are slow on a CPU
+        torch.set_flush_denormal(True)           # peaked softmaxes are full of denormals, slow on a CPU
         run = Run(cfg, source, fresh)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
         for name in {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage]):
