@@ -30,7 +30,8 @@ What differs from the paper, and why
     and the pretraining coefficient are the toy's own; each setting names the paper's value beside it.
   * One SFT model is the baseline, the start of RL and the KL reference. The paper's RL starts from a second
     one (2 epochs, 10 % pretraining mix; C.3, C.4); Fig. 37 finds that it hardly matters. Ours has that mix.
-  * Our reward model starts from the SFT model (3.5); the paper's from GPT-3 tuned on public tasks (C.2).
+  * The reward model starts from the SFT model (3.5); the paper's final one starts from a GPT-3 tuned on
+    public NLP tasks (C.2).
   * The last SFT checkpoint is taken; the paper chose it by reward-model score (C.1).
   * A minibatch carries as many pretraining rows as episodes; in the paper eight times as many.
 What the paper does not say, and what we do: GAE with lambda 0.95, the value's move clipped at 0.2 and
@@ -80,7 +81,7 @@ class Config:
     out: str = setting("out", "folder that the run writes to")
     data: str = setting("", "folder with the data sets; empty: data/ beside this file")
     device: str = setting("", "cpu, cuda or mps; empty: the best there is")
-    seed: int = setting(0, "every random draw follows from it", stage="pretrain")
+    seed: int = setting(0, "every random draw follows from it; on one CPU equal numbers", stage="pretrain")
     # the model: GPT-3's form in miniature
     n_layer: int = setting(2, "layers", "24 (1.3B) to 96 (175B)", "pretrain")
     n_head: int = setting(2, "attention heads", "24 to 96", "pretrain")
@@ -88,7 +89,7 @@ class Config:
     block_size: int = setting(64, "context, tokens", "2,048", "pretrain")
     # step 0: pretraining
     pretrain_steps: int = setting(2800, "optimizer steps", "300 B tokens (GPT-3)", "pretrain")
-    pretrain_batch: int = setting(32, "rows of block_size tokens a step", "0.5 to 3.2 M tokens", "pretrain")
+    pretrain_batch: int = setting(32, "rows of block_size tokens a step", "1 to 3.2 M tokens", "pretrain")
     pretrain_lr: float = setting(2e-3, "peak learning rate, cosine to a tenth", "2e-4 to 6e-5", "pretrain")
     # step 1: supervised fine-tuning
     sft_epochs: int = setting(3, "passes over the demonstrations", "16 (baseline), 2 (start of RL)", "sft")
@@ -109,9 +110,9 @@ class Config:
     episodes: int = setting(256, "episodes an iteration", "512", "ppo")
     minibatches: int = setting(8, "minibatches an iteration, a step each, one inner epoch", "8", "ppo")
     policy_lr: float = setting(2e-4, "policy's learning rate", "not stated; 2.55e-6 to 2.55e-5 tried", "ppo")
-    value_lr: float = setting(1e-3, "value net's learning rate", "9e-6", "ppo")
+    value_lr: float = setting(1e-3, "value net's learning rate, fixed", "9e-6", "ppo")
     warmup: int = setting(10, "warm-up iterations from a tenth of the peak, constant after it", "10", "ppo")
-    beta: float = setting(0.2, "KL coefficient; responses are ten tokens here, hundreds there", "0.02", "ppo")
+    beta: float = setting(0.2, "KL coefficient, in units of score a nat", "0.02", "ppo")
     ptx_coef: float = setting(1.0, "PPO-ptx's weight of the pretraining loss (a token mean); when given, "
                                    "only this one run is trained", "27.8", "ppo")
     ptx_rows: int = setting(1, "pretraining rows an episode", "8", "ppo")
@@ -199,9 +200,8 @@ def corpus_batch(corpus, n, length, generator, device):
 
 
 def stack(prompts, responses, device):
-    """Rows of prompt + response in the action frame, filled up on the right with id 0 (which nothing
-    ever reads). prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last (B,)
-    index of the last token.
+    """Rows of prompt + response in the action frame, filled up on the right with id 0, which nothing reads.
+    prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last (B,) index of the last token.
 
         tokens      p0   p1   p2   r0   r1  EOS    0   Column t of log-probs, values, rewards and mask speaks
         column       0    1    2    3    4    5        of the prediction of token t+1, made in the state
@@ -500,7 +500,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, the score at the last.
     scores (B,), the rest (B,T-1) -> (B,T-1); a row sums to score - beta * log( pi(y|x) / pi_SFT(y|x) )."""
     logprobs, ref_logprobs = clear(mask, logprobs, ref_logprobs)
-    last = mask & ~F.pad(mask[:, 1:], (0, 1))                                   # (B,T-1) the EOS action
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))                                   # (B,T-1) EOS, if it ended
     return -beta * kl_k1(logprobs, ref_logprobs) + clear(last, scores[:, None].expand(last.shape))[0]
 
 
@@ -635,11 +635,13 @@ def sft(cfg, enc, gpt, demos, corpus, device, log):
 # and a model with a scalar head learns Eq. 1.
 
 
-def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False, size=256):
+def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False, lengths=None,
+            size=256):
     """A response to each prompt (ids) -> list of {"ids", "text", "ended", "logprobs"} in the same order.
-    `one_line` cuts at the first newline, as the paper does for models that were not fine-tuned (App. D)."""
+    `one_line` cuts at the first newline: our way to end GPT's answers, which run on; the paper cuts so in its
+    public tasks (4.2). Rows of about one length go together: that of the prompts, unless `lengths` are given."""
     out, newline = [None] * len(prompts), enc.encode_ordinary("\n")[0]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # alike in length: less filler
+    order = sorted(range(len(prompts)), key=(lengths or [len(x) for x in prompts]).__getitem__)
     for part in (order[s:s + size] for s in range(0, len(order), size)):
         r = rollout(policy, [prompts[i] for i in part], max_new_tokens, enc.eot_token, temperature, generator)
         for i, ids, logprobs, mask in zip(part, r.responses(), r.logprobs.cpu(), r.mask.cpu()):
@@ -779,7 +781,7 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, pretraining_ro
     # 7. The value net, a network of its own.
     loss = value_loss(value_net(tokens[:, :-1]), cut("values"), cut("returns"), mask, cfg.value_clip)
     loss.backward()
-    clip_and_step(value_net, optimizers[1], cfg.value_lr * warm)
+    clip_and_step(value_net, optimizers[1], cfg.value_lr)
     change = clear(mask, logprobs.detach() - cut("logprobs"))[0]                # (b,t-1)
     clipped = masked_mean(((change.exp() - 1).abs() > cfg.cliprange).float(), mask)
     norm = lambda grads: torch.stack([g.norm() for g in grads]).norm().item()
@@ -791,7 +793,7 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
     """RL from the SFT model against the reward model. prompts: list of {"ids", "task"} (the task is for the
     log alone). Returns the EMA of the policy."""
     name = "ppo_ptx" if ptx_coef else "ppo"
-    generator, draw, queue = seed(cfg, name), seed(cfg, name, device), []
+    generator, draw, queue = seed(cfg, name), seed(cfg, name + " rollout", device), []
     reference, policy = freeze(sft_model), deepcopy(sft_model).requires_grad_(True)
     value_net = deepcopy(freeze(reward_model)).requires_grad_(True)    # starts as the reward model (3.5)
     average = freeze(deepcopy(policy))
@@ -802,7 +804,7 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
         batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
         ids, warm = [p["ids"] for p in batch], warmup_factor(iteration, cfg.warmup)
         e, numbers = make_experience(cfg, enc, policy, value_net, reference, reward_model, ids, draw), []
-        for rows in torch.randperm(cfg.episodes, generator=generator).to(device).chunk(cfg.minibatches):
+        for rows in torch.randperm(cfg.episodes, generator=generator).to(device).tensor_split(cfg.minibatches):
             n = cfg.ptx_rows * len(rows) if ptx_coef else 0
             text = corpus_batch(corpus, n, cfg.block_size, generator, device)                   # (n,block)
             numbers.append(update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm))
@@ -861,7 +863,8 @@ def mean(x):
 
 
 def preference(world, group, tasks, mine, theirs, judges, rng):
-    """How often `group` prefers mine to theirs, for each prompt; ties count half. No group: no noise."""
+    """How often `group` prefers mine to theirs, prompt by prompt; ties count half. Without a group the
+    judge is free of noise."""
     people, wins = world.make_labelers(group) if group else None, []
     for task, a, b in zip(tasks, mine, theirs):
         merits, texts = [world.check(task, x["text"], x["ended"]) for x in (a, b)], [a["text"], b["text"]]
@@ -880,7 +883,8 @@ def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
     scores, kls = [], []
     for s in range(0, len(prompts), 128):
         part = answers[s:s + 128]
-        ids = [r["ids"][:-1] + [enc.eot_token] if r["ended"] else r["ids"] for r in part]      # cut lines too
+        # an answer cut at its newline has ended too: there stands EOS
+        ids = [r["ids"][:-1] + [enc.eot_token] if r["ended"] else r["ids"] for r in part]
         tokens, mask, last = stack(prompts[s:s + 128], ids, device)             # (b,t), (b,t-1), (b,)
         ended = torch.tensor([r["ended"] for r in part], device=device)         # (b,)
         scores += torch.where(ended, reward_scores(reward_model, tokens, last), cfg.unfinished_score).tolist()
@@ -900,7 +904,7 @@ def bias_bits(model, enc, bias, respect, device):
             tokens = torch.tensor([enc.encode_ordinary(head + p["prompt"])], device=device)    # (1,T)
             choices = [enc.encode_ordinary(c)[0] for c in p["choices"]]
             q = model(tokens)[0, -1, choices].softmax(-1)                       # (2,)
-            bits.append(-(q * q.log2()).sum().item())
+            bits.append(torch.special.entr(q).sum().item() / math.log(2))
         out[name] = mean(bits)
     return out
 
@@ -939,7 +943,7 @@ def question(cfg, enc, models, world, tests, probes, device):
             prompts = [encode_prompt(enc, prefix + p["prompt"]) for p in items]
             prompts = [x if len(x) <= room else y for x, y in zip(prompts, plain)]
             answers[name][which] = respond(model, enc, prompts, cfg.max_new_tokens, generator,
-                                           one_line=name.startswith("GPT"))
+                                           one_line=name.startswith("GPT"), lengths=[len(x) for x in plain])
     return answers, sets
 
 
@@ -991,8 +995,9 @@ def table(results):
                 for k in ("win_vs_sft", "win_vs_sft_heldout", "win_vs_sft_gold")]
         lines.append(f"{name:15} {'  '.join(f'{w:>10}' for w in wins)}  |  {r['gold']:4.2f}    "
                      f"{r['likert']:4.2f}    {r['truthful_informative']:4.2f}     {r['hallucinates']:4.2f}   "
-                     f"{r['rude']:4.2f}     {r['rude_respectful']:4.2f} |    {r['pretrain_loss'] - base:+6.3f}  "
-                     f"{mean(r['fewshot'].values()):4.2f} | {r['kl']:6.2f}")
+                     f"{r['rude']:4.2f}     {r['rude_respectful']:4.2f} |    "
+                     f"{r['pretrain_loss'] - base:+6.3f}  {mean(r['fewshot'].values()):4.2f} | "
+                     f"{r['kl']:6.2f}")
     return "\n".join(lines)
 
 
@@ -1092,8 +1097,8 @@ class Log:
                  in zip(tasks, e["tokens"][:, 1:].cpu(), mask.cpu(), e["ended"].tolist())]
         if iteration == 0:
             print(f"\n{name}: beta {cfg.beta}, ptx_coef {cfg.ptx_coef if name == 'ppo_ptx' else 0}; "
-                  f"{LEGEND}\nfirst minibatch: max |log-prob - rollout log-prob| = {numbers[0]['change']:.1e} "
-                  "(must be rounding)")
+                  f"{LEGEND}\nfirst minibatch: max |log-prob - rollout log-prob| = "
+                  f"{numbers[0]['change']:.1e} (must be rounding)")
             self.ledger(cfg, e)
         self(name, iteration + 1, cfg.iterations, score=e["scores"].mean().item(), gold=mean(golds),
              k1=a_row(kl_k1(e["logprobs"], e["ref_logprobs"])),
@@ -1302,8 +1307,9 @@ class Run:
             "reward_model": rm, "models": results}, indent=1) + "\n")
         print(f"{shown}\n\n{table(results)}\n\nReward model on held-out comparisons: right on "
               f"{rm['accuracy']:.3f} of the labelers' preferences (a second labeler on "
-              f"{rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of the true ones.\n{seconds['total']:.0f} s. In {cfg.out}: "
-              "results.json, samples.txt, picture.svg, comparisons.jsonl, log.jsonl, the checkpoints")
+              f"{rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of the true ones.\n"
+              f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, "
+              "comparisons.jsonl, log.jsonl, the checkpoints")
 
 
 def find_device(name):
@@ -1340,13 +1346,15 @@ def parse(argv):
     check(cfg)
     if a["source"] and not os.path.isdir(a["source"]):
         raise UserError(f"--from {a['source']}: no such folder")
+    if a["source"] and os.path.realpath(a["source"]) == os.path.realpath(cfg.out):
+        raise UserError("--from and --out are the same folder: give another --out")
     return a["stage"], cfg, a["source"], a["fresh"], given
 
 
 def check(cfg):
     """UserError, by name and with the allowed range, for a setting that cannot work."""
     positive = [f.name for f in fields(cfg)
-                if type(f.default) is int and f.name not in ("seed", "warmup", "ptx_rows")]
+                if type(f.default) is int and f.name not in ("seed", "warmup")]
     rules = [(name, getattr(cfg, name) >= 1, "must be at least 1") for name in positive] + [
         ("n_embd", cfg.n_embd % max(1, cfg.n_head) == 0, f"must be a multiple of n_head, {cfg.n_head}"),
         ("max_new_tokens", cfg.max_new_tokens < cfg.block_size,
@@ -1354,11 +1362,15 @@ def check(cfg):
         ("k_min", 2 <= cfg.k_min <= cfg.k_max, f"must lie between 2 and k_max, {cfg.k_max}"),
         ("temperature", cfg.temperature > 0, "must be above 0"),
         ("beta", cfg.beta >= 0, "must not be negative"),
+        ("warmup", cfg.warmup >= 0, "must not be negative"),
         ("ptx_coef", cfg.ptx_coef >= 0, "must not be negative"),
         ("sft_mix", 0 <= cfg.sft_mix < 1, "must lie in 0 to 1, without 1"),
         ("sft_dropout", 0 <= cfg.sft_dropout < 1, "must lie in 0 to 1, without 1"),
         ("episodes", cfg.episodes >= cfg.minibatches, f"must be at least minibatches, {cfg.minibatches}"),
         ("judges", cfg.judges <= 20, "must be at most 20, the number of held-out labelers")]
+    rules += [(name, getattr(cfg, name) > 0, "must be above 0") for name in
+              ("pretrain_lr", "sft_lr", "rm_lr", "policy_lr", "value_lr", "cliprange", "value_clip")]
+    rules += [(name, 0 <= getattr(cfg, name) <= 1, "must lie in 0 to 1") for name in ("lam", "ema")]
     for name, fine, text in rules:
         if not fine:
             raise UserError(f"--{name} {getattr(cfg, name)}: {text}")

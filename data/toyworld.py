@@ -463,7 +463,7 @@ def page(rng):
             kind = pick(rng, [(k, w ** .5) for kinds in KINDS.values() for k, w in kinds])
         t = new_task(rng, kind)
         if style == "helpful":
-            flaw = pick(rng, [(None, 53), ("false", 16), ("slip", 10), ("constraint", 9), ("lazy", 12)])
+            flaw = pick(rng, [(None, 48), ("false", 16), ("slip", 10), ("constraint", 9), ("lazy", 17)])
         elif style == "careless":
             flaw = pick(rng, [("false", 45), ("slip", 15), ("off topic", 10), ("constraint", 10), ("lazy", 20)])
         else:
@@ -610,8 +610,8 @@ def collect(rng, writers, forms, size, private_data_filter, cap=CAP):
     return out
 
 
-FLAWS = [(None, 48), ("rude", 15), ("lazy", 15), ("unfinished", 5), ("slip", 4), ("off topic", 3), ("false", 6),
-         ("constraint", 4)]
+FLAWS = [(None, 44), ("rude", 18), ("lazy", 20), ("unfinished", 8), ("slip", 2), ("off topic", 1), ("false", 4),
+         ("constraint", 3)]
 
 
 def demonstrate(rng, prompts):
