@@ -9,7 +9,7 @@ feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world th
     python instructgpt.py ppo --ptx_coef 0                    plain PPO alone
     python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
 
-Read it beside the paper, top to bottom; nothing refers to what comes later:
+Read it beside the paper, top to bottom; you can stop after each section:
 
     Settings              every hyperparameter: the toy's value, the paper's, who reads it        App. C
     Tokens and data       tiktoken encoding, the corpus, rows of prompt + response                3.2
@@ -29,7 +29,9 @@ What differs from the paper, and why
   * The models have half a million parameters, the responses at most 16 tokens. So the learning rates, beta
     and the pretraining coefficient are the toy's own; each setting names the paper's value beside it.
   * One SFT model is the baseline, the start of RL and the KL reference. The paper's RL starts from a second
-    one (2 epochs, 10 % pretraining mix; C.3, C.4); Fig. 37 finds that it hardly matters. Ours has that mix.
+    one (2 epochs, 10 % pretraining mix; C.3, C.4), whose mix ours has; Fig. 37 finds PPO insensitive to the
+    epochs and the mix, but for a gain from 10 %.
+  * About half of the demonstrations have a flaw on purpose, so that there is something left for RL to mend.
   * The reward model starts from the SFT model (3.5); the paper's final one starts from a GPT-3 tuned on
     public NLP tasks (C.2).
   * The last SFT checkpoint is taken; the paper chose it by reward-model score (C.1).
@@ -38,7 +40,7 @@ What the paper does not say, and what we do: GAE with lambda 0.95, the value's m
 whitened advantages (Ziegler et al. 2019, Stiennon et al. 2020); token losses are means over response
 tokens; the prompt is masked in the SFT loss; the reward is read at the end-of-text token and a response
 that does not end scores -1; gradients are clipped at norm 1; no dropout in RL; the EMA moves at each
-optimizer step, the raw weights sample.
+optimizer step, the raw weights sample; in the evaluation GPT's answers, which run on, are cut at a newline.
 Left out: FLAN and T0 baselines, the sweeps of appendix E, a second round of comparisons on the PPO policy.
 """
 import argparse                                  # the command line
@@ -558,7 +560,9 @@ def warmup_factor(iteration, warmup):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What every training loop needs.
+# What every training loop needs. Two things are handed to the loops from outside: log(stage, step, steps,
+# name=number, ...) writes a line (class Log, below); `world` is data/toyworld.py with check (the verdict on
+# an answer), gold (its true quality), make_labelers and rank.
 
 
 def seed(cfg, name, device="cpu"):
@@ -639,7 +643,7 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
             size=256):
     """A response to each prompt (ids) -> list of {"ids", "text", "ended", "logprobs"} in the same order.
     `one_line` cuts at the first newline: our way to end GPT's answers, which run on; the paper cuts so in its
-    public tasks (4.2). Rows of about one length go together: that of the prompts, unless `lengths` are given."""
+    public tasks (4.2). Rows of about one length go together: the prompts' length, or the one given."""
     out, newline = [None] * len(prompts), enc.encode_ordinary("\n")[0]
     order = sorted(range(len(prompts)), key=(lengths or [len(x) for x in prompts]).__getitem__)
     for part in (order[s:s + size] for s in range(0, len(order), size)):
@@ -727,7 +731,12 @@ def normalise_reward(reward_model, demos, device):
 
 # ------------------------------------------------------------------------------------------------------------
 # Step 3, reinforcement learning (3.5, C.4): Eq. 2 by PPO. The environment is a bandit: a customer's prompt,
-# one response, one reward. With ptx_coef > 0 the pretraining gradient joins every optimizer step (PPO-ptx).
+# one response, one reward.
+#
+#     maximise  E[ r(x,y) - beta * log( pi(y|x) / pi_SFT(y|x) ) ]  +  gamma * E_pretrain[ log pi(x) ]  (Eq. 2)
+#
+# gamma is ptx_coef here (ptx: the pretraining mix; it weighs a mean over tokens) and has nothing to do with a
+# discount. With 0 this is PPO; else the pretraining gradient joins every optimizer step, which is PPO-ptx.
 
 
 def by_length(f, tokens, lengths, size=64):
@@ -804,7 +813,8 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
         batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
         ids, warm = [p["ids"] for p in batch], warmup_factor(iteration, cfg.warmup)
         e, numbers = make_experience(cfg, enc, policy, value_net, reference, reward_model, ids, draw), []
-        for rows in torch.randperm(cfg.episodes, generator=generator).to(device).tensor_split(cfg.minibatches):
+        order = torch.randperm(cfg.episodes, generator=generator).to(device)
+        for rows in order.tensor_split(cfg.minibatches):
             n = cfg.ptx_rows * len(rows) if ptx_coef else 0
             text = corpus_batch(corpus, n, cfg.block_size, generator, device)                   # (n,block)
             numbers.append(update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm))
@@ -835,6 +845,10 @@ def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
 # Evaluation (section 4). Every model answers the same prompts with the same random numbers. Shares are 0..1.
 
 
+def mean(x):
+    return sum(x) / max(1, len(x))
+
+
 @torch.no_grad()
 def judge_reward_model(enc, reward_model, comparisons, longest, device):
     """On held-out comparisons, over pairs of unequal text: accuracy against labeler A where A has a
@@ -858,10 +872,6 @@ def judge_reward_model(enc, reward_model, comparisons, longest, device):
             "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())}}
 
 
-def mean(x):
-    return sum(x) / max(1, len(x))
-
-
 def preference(world, group, tasks, mine, theirs, judges, rng):
     """How often `group` prefers mine to theirs, prompt by prompt; ties count half. Without a group the
     judge is free of noise."""
@@ -879,7 +889,8 @@ def preference(world, group, tasks, mine, theirs, judges, rng):
 
 @torch.no_grad()
 def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
-    """Mean reward-model score, and KL (k3, nats a response) to the reference, which sees the plain prompt."""
+    """Mean reward-model score, and KL (k3, nats a response) to the reference, which sees the plain prompt.
+    Where GPT's line was cut, its newline meets the reference's EOS: its KL is only an indication."""
     scores, kls = [], []
     for s in range(0, len(prompts), 128):
         part = answers[s:s + 128]
@@ -955,14 +966,17 @@ def measure(cfg, enc, name, model, answers, sets, models, reward_model, world, p
     tasks, gold = [p["task"] for p in tests], [world.gold(x) for x in m["tests"]]
     against = lambda group, other: preference(world, group, tasks, mine["tests"], answers[other]["tests"],
                                               cfg.judges, rng)
+    a_prompt = lambda v, items: [mean(v[i::len(items)]) for i in range(len(items))]     # asked several times
     shares = {"win_vs_sft": against("train", "SFT"), "win_vs_sft_heldout": against("heldout", "SFT"),
               "win_vs_sft_gold": against(None, "SFT"), "win_vs_gpt": against("train", "GPT"),
               "follows": [x.follows == 1 for x in m["tests"]], "flawless": [g > 6.99 for g in gold],
               "constraint": [x.constraint for x in m["tests"] if x.constraint is not None],
-              "truthful": [x.truthful for x in m["truth"]],
-              "truthful_informative": [x.truthful and x.informative for x in m["truth"]],
+              "truthful": a_prompt([x.truthful for x in m["truth"]], probes["truthful"]),
+              "truthful_informative": a_prompt([x.truthful and x.informative for x in m["truth"]],
+                                               probes["truthful"]),
               "hallucinates": [x.invented for x in m["tests"] if x.asserts],
-              "rude": [x.rude for x in m["toxic"]], "rude_respectful": [x.rude for x in m["respectful"]],
+              "rude": a_prompt([x.rude for x in m["toxic"]], probes["toxic"]),
+              "rude_respectful": a_prompt([x.rude for x in m["respectful"]], probes["toxic"]),
               "ended": [r["ended"] for r in mine["tests"]]}
     prompts = [encode_prompt(enc, p["prompt"]) for p in tests]
     reward, kl = reward_and_kl(cfg, enc, reward_model, models["SFT"], prompts, mine["tests"], device)
@@ -1189,6 +1203,9 @@ class Run:
         rows = read_jsonl(self.path(name, self.data), "prompt", *needed)
         room = self.cfg.block_size - self.cfg.max_new_tokens
         fit = [p for p in rows if len(encode_prompt(self.enc, p["prompt"])) <= room]
+        if not fit:
+            raise UserError(f"{name}: no prompt fits into {room} tokens; raise --block_size or lower "
+                            "--max_new_tokens")
         if len(fit) < len(rows):
             print(f"{name}: {len(rows) - len(fit)} of {len(rows)} prompts are longer than {room} tokens "
                   "and left out")
@@ -1218,6 +1235,8 @@ class Run:
             if not os.path.exists(path):
                 continue
             c = torch.load(path, map_location=self.device, weights_only=True)
+            if c.get("format") != FORMAT:
+                raise UserError(f"{path}: is not a checkpoint of this version; --fresh starts over")
             changed = [(k, c["settings"].get(k), v) for k, v in self.settings(name).items()
                        if c["settings"].get(k) != v]
             if changed and folder == self.cfg.out:
@@ -1299,6 +1318,7 @@ class Run:
         rm = judge_reward_model(self.enc, reward_model, held_out, cfg.max_new_tokens, self.device)
         seconds = {**self.seconds, "evaluate": time.time() - begun, "total": time.time() - start}
         history = [h for h in read_jsonl(self.log.path, "stage") if h["stage"] in ("ppo", "ppo_ptx")]
+        history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated run the last
         shown = samples(tests, answers)
         write(self.path("samples.txt"), shown.strip() + "\n")
         write(self.path("picture.svg"), picture(results, history))
@@ -1357,8 +1377,9 @@ def check(cfg):
                 if type(f.default) is int and f.name not in ("seed", "warmup")]
     rules = [(name, getattr(cfg, name) >= 1, "must be at least 1") for name in positive] + [
         ("n_embd", cfg.n_embd % max(1, cfg.n_head) == 0, f"must be a multiple of n_head, {cfg.n_head}"),
-        ("max_new_tokens", cfg.max_new_tokens < cfg.block_size,
-         f"must be below block_size, {cfg.block_size}"),
+        ("block_size", cfg.block_size >= 48, "must be at least 48, for the probes of the evaluation"),
+        ("max_new_tokens", cfg.max_new_tokens <= cfg.block_size - 33,
+         f"must be at most block_size - 33, {cfg.block_size - 33}"),
         ("k_min", 2 <= cfg.k_min <= cfg.k_max, f"must lie between 2 and k_max, {cfg.k_max}"),
         ("temperature", cfg.temperature > 0, "must be above 0"),
         ("beta", cfg.beta >= 0, "must not be negative"),
