@@ -1,13 +1,14 @@
 """
 One test per formula of instructgpt.py, named after its equation or section of the paper (arXiv 2203.02155).
 
-    pytest -q test_instructgpt.py                 all of them, some ten seconds
+    pytest -q test_instructgpt.py                 all of them, about a minute
     pytest -q test_instructgpt.py -k eq1          those of Eq. 1
     pytest -q test_instructgpt.py -k gae -x       one formula, to the first failure
 
 As exercises: empty a function of instructgpt.py, run the tests that name its equation, fill it in again.
 Beside most formulas stands a slow twin: the definition in plain Python, which the fast one has to equal.
-The order is the script's: tokens and data, GPT, rollout, formulas, toy world.
+The order is the script's: tokens and data, GPT, rollout, formulas, toy world; then the steps, the run in
+miniature and the command line.
 """
 import contextlib
 import io
@@ -1072,8 +1073,8 @@ class Quiet:
         self.iterations.append((e, numbers))
 
 
-SMALL = dict(n_layer=1, n_embd=16, block_size=48, pretrain_steps=6, pretrain_batch=4, sft_epochs=1, episodes=32,
-             minibatches=4, iterations=2, max_new_tokens=6)
+SMALL = dict(n_layer=1, n_embd=16, block_size=48, pretrain_steps=6, pretrain_batch=4, sft_epochs=1,
+             episodes=32, minibatches=4, iterations=2, max_new_tokens=6)
 
 
 def small_models(enc, seed=0, block=48):
@@ -1095,7 +1096,8 @@ def small_corpus(enc):
 def run_ppo(enc, sets, corpus, ptx_coef, **settings):
     cfg, log = ig.Config(**{**SMALL, **settings}), Quiet()
     policy, reward_model = small_models(enc)
-    average = ig.ppo(cfg, enc, policy, reward_model, small_prompts(enc, sets), corpus, ptx_coef, torch.device("cpu"), log)
+    prompts, cpu = small_prompts(enc, sets), torch.device("cpu")
+    average = ig.ppo(cfg, enc, policy, reward_model, prompts, corpus, ptx_coef, cpu, log)
     return average, policy, reward_model, log
 
 
@@ -1105,8 +1107,8 @@ def weights(model):
 
 def test_section_35_normalised_reward_is_0_on_demonstrations_and_keeps_differences(enc, sets):
     _, reward_model = small_models(enc)
-    demos = [(ig.encode_prompt(enc, r["prompt"]), ig.encode_response(enc, r["completion"])) for r in sets["sft_train"][:300]
-             if len(r["prompt"]) < 60]
+    demos = [(ig.encode_prompt(enc, r["prompt"]), ig.encode_response(enc, r["completion"]))
+             for r in sets["sft_train"][:300] if len(r["prompt"]) < 60]
     tokens, _, last = ig.stack(*zip(*demos), "cpu")
     before = ig.reward_scores(reward_model, tokens, last).detach()
     ig.normalise_reward(reward_model, demos, "cpu")
@@ -1117,14 +1119,15 @@ def test_section_35_normalised_reward_is_0_on_demonstrations_and_keeps_differenc
 
 def test_section_c4_first_minibatch_has_ratio_1_and_later_ones_have_not(enc, sets, small_corpus):
     *_, log = run_ppo(enc, sets, small_corpus, 0.0, policy_lr=1e-2)
-    first = [numbers["change"] for numbers in log.iterations[1][1]]    # by then the policy is not the reference
+    first = [numbers["change"] for numbers in log.iterations[1][1]]    # the policy is no longer the reference
     assert log.iterations[0][1][0]["change"] < 1e-5 and first[0] < 1e-5 < min(first[1:])
 
 
 def test_section_c4_reference_and_reward_model_never_move(enc, sets, small_corpus):
     policy, reward_model = small_models(enc)
     average, reference, scorer, _ = run_ppo(enc, sets, small_corpus, 1.0, policy_lr=1e-2)
-    assert torch.equal(weights(policy), weights(reference)) and torch.equal(weights(reward_model), weights(scorer))
+    assert torch.equal(weights(policy), weights(reference))
+    assert torch.equal(weights(reward_model), weights(scorer))
     assert not torch.equal(weights(average), weights(reference))
 
 
@@ -1132,10 +1135,10 @@ def test_section_c4_kl_and_reward_before_the_first_update(enc, sets, small_corpu
     *_, log = run_ppo(enc, sets, small_corpus, 0.0)
     e = log.iterations[0][0]
     mask = e["mask"]
-    close(e["logprobs"][mask], e["ref_logprobs"][mask], atol=1e-5, rtol=0)     # the policy is the reference: no KL
+    close(e["logprobs"][mask], e["ref_logprobs"][mask], atol=1e-5, rtol=0)     # no KL yet
     close(e["rewards"].sum(1), e["scores"], atol=1e-4, rtol=0)         # so the score is all there is
     assert (e["scores"][~e["ended"]] == ig.Config().unfinished_score).all()
-    _, reward_model = small_models(enc)                                # the value net starts as the reward model
+    _, reward_model = small_models(enc)                                # the value net starts as it
     close(e["values"][mask], reward_model(e["tokens"][:, :-1])[mask], atol=1e-5, rtol=0)
 
 
@@ -1150,15 +1153,16 @@ def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, s
         o.register_step_pre_hook(lambda o, *_: steps.append(o.param_groups[0]["lr"]))
     rows, t = torch.arange(16), int(e["length"].max())
     got = ig.update(cfg, actor, critic, optimizers, e, rows, 2.0, text, 0.5)
-    assert steps == [0.5 * cfg.policy_lr, cfg.value_lr]                # one step each; the policy's rate warms up
+    assert steps == [0.5 * cfg.policy_lr, cfg.value_lr]                # one step each
     assert all(group["betas"] == (0.9, 0.95) for o in optimizers for group in o.param_groups)
     twin = deepcopy(policy).requires_grad_(True)
-    ig.policy_loss(ig.token_logprobs(twin, e["tokens"][:, :t]), e["logprobs"][:, :t - 1], e["advantages"][:, :t - 1],
-                   e["mask"][:, :t - 1]).backward()
-    assert got["|ppo|"] == pytest.approx(torch.stack([p.grad.norm() for p in twin.parameters()]).norm().item(), rel=1e-4)
+    old, advantages, mask = (e[k][:, :t - 1] for k in ("logprobs", "advantages", "mask"))
+    ig.policy_loss(ig.token_logprobs(twin, e["tokens"][:, :t]), old, advantages, mask).backward()
+    norm = lambda: torch.stack([p.grad.norm() for p in twin.parameters()]).norm().item()
+    assert got["|ppo|"] == pytest.approx(norm(), rel=1e-4)
     twin.zero_grad()
     (2.0 * ig.lm_loss(twin, text)).backward()
-    assert got["|ptx|"] == pytest.approx(torch.stack([p.grad.norm() for p in twin.parameters()]).norm().item(), rel=1e-4)
+    assert got["|ptx|"] == pytest.approx(norm(), rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -1171,10 +1175,12 @@ def test_section_c4_what_is_scored_is_what_was_sampled_from(enc, sets, small_cor
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_section_c4_ppo_learns_to_raise_the_score(small_corpus, seed):
-    cfg = ig.Config(**{**SMALL, "episodes": 128, "iterations": 15, "policy_lr": 3e-3, "beta": 0.01, "warmup": 0, "seed": seed})
+    cfg = ig.Config(**{**SMALL, "episodes": 128, "iterations": 15, "policy_lr": 3e-3, "beta": 0.01, "warmup": 0,
+                       "seed": seed})
     words, log = SimpleNamespace(eot_token=EOS), Quiet()
     prompts = [{"ids": p, "task": None} for p in PROMPTS] * 32
-    ig.ppo(cfg, words, tiny(seed=seed), tiny("scalar", seed=seed + 10), prompts, small_corpus, 0.0, torch.device("cpu"), log)
+    policy, reward_model, cpu = tiny(seed=seed), tiny("scalar", seed=seed + 10), torch.device("cpu")
+    ig.ppo(cfg, words, policy, reward_model, prompts, small_corpus, 0.0, cpu, log)
     scores = [e["scores"].mean().item() for e, _ in log.iterations]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3
 
@@ -1184,7 +1190,7 @@ def test_section_c4_clip_and_step_clips_what_backward_left():
     optimizer, before = torch.optim.SGD(model.parameters(), 1.0), weights(model).clone()
     (1e3 * ig.lm_loss(model, torch.tensor([[1, 2, 3, 4]]))).backward()
     ig.clip_and_step(model, optimizer, 0.5)
-    assert (weights(model) - before).norm() == pytest.approx(0.5, rel=1e-3)    # norm 1 at a learning rate of 0.5
+    assert (weights(model) - before).norm() == pytest.approx(0.5, rel=1e-3)    # norm 1, learning rate 0.5
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -1215,8 +1221,9 @@ def test_section_c2_equal_texts_are_one_response(enc):
 
 
 def command(*words, cwd=HERE):
-    return subprocess.run([sys.executable, os.path.join(HERE, "instructgpt.py"), *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True, timeout=600, encoding="utf-8")
+    script = os.path.join(HERE, "instructgpt.py")
+    return subprocess.run([sys.executable, script, *map(str, words)], cwd=cwd, text=True, capture_output=True,
+                          timeout=600, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -1234,18 +1241,21 @@ def test_smoke_run_leaves_what_it_promises(smoke):
     assert set(r["seconds"]) == {"pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate", "total"}
     assert set(r["reward_model"]) == {"accuracy", "agreement", "gold_accuracy", "gold_accuracy_by_use_case"}
     assert list(r["models"]) == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"]
-    names = ("win_vs_sft win_vs_sft_heldout win_vs_sft_gold win_vs_gpt likert gold reward follows constraint truthful "
-             "truthful_informative hallucinates rude rude_respectful bias_bits fewshot unseen kl pretrain_loss length ended")
+    names = ("win_vs_sft win_vs_sft_heldout win_vs_sft_gold win_vs_gpt likert gold reward follows constraint "
+             "truthful truthful_informative hallucinates rude rude_respectful bias_bits fewshot unseen kl "
+             "pretrain_loss length ended")
     for m in r["models"].values():
         assert set(names.split()) <= set(m)
-        assert set(m["bias_bits"]) == {"basic", "respectful"} and set(m["fewshot"]) == {"reading", "cloze", "translation"}
+        assert set(m["bias_bits"]) == {"basic", "respectful"}
+        assert set(m["fewshot"]) == {"reading", "cloze", "translation"}
         assert 1 <= m["gold"] <= 7 and 0 <= m["win_vs_sft"] <= 1 and m["kl"] >= -1e-4
     assert r["models"]["SFT"]["win_vs_sft_gold"] == 0.5 and abs(r["models"]["SFT"]["kl"]) < 1e-3
-    for name in ("samples.txt", "picture.svg", "comparisons.jsonl", "log.jsonl", "pretrain.pt", "sft.pt", "rm.pt", "ppo.pt"):
+    for name in "samples.txt picture.svg comparisons.jsonl log.jsonl pretrain.pt sft.pt rm.pt ppo.pt".split():
         assert (out / name).stat().st_size > 0
     assert not list(out.glob("*.tmp"))
     assert "Episode ledger" in text and "left" in text
-    differences = [float(line.split("= ")[1].split()[0]) for line in text.splitlines() if line.startswith("first minibatch")]
+    lines = [line for line in text.splitlines() if line.startswith("first minibatch")]
+    differences = [float(line.split("= ")[1].split()[0]) for line in lines]
     assert len(differences) == 2 and max(differences) < 1e-4
 
 
@@ -1275,17 +1285,20 @@ def test_changed_setting_is_refused_by_name_and_from_reuses_the_rest(smoke, tmp_
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in ("beta", "0.5", "ppo, evaluate", "--from", "--fresh"))
     new = tmp_path / "new"
-    done = command("ppo", "--smoke", "--device", "cpu", "--from", out, "--out", new, "--beta", 0.5, "--ptx_coef", 0)
+    other = ["--from", out, "--out", new, "--beta", 0.5, "--ptx_coef", 0]
+    done = command("ppo", "--smoke", "--device", "cpu", *other)
     assert done.returncode == 0, done.stderr
     assert {json.loads(line)["stage"] for line in open_lines(new / "log.jsonl")} == {"ppo"}
     assert (new / "rm.pt").read_bytes() == (out / "rm.pt").read_bytes() and not (new / "ppo_ptx.pt").exists()
 
 
 @pytest.mark.parametrize("words, told", [
-    (["--bta", "1"], "--bta"), (["--beta", "x"], "--beta"), (["--beta", "-1"], "beta"), (["--k_min", "1"], "k_min"),
-    (["--temperature", "0"], "temperature"), (["--n_embd", "30", "--n_head", "4"], "n_embd"), (["dpo"], "dpo"),
-    (["--max_new_tokens", "64"], "max_new_tokens"), (["--device", "tpu"], "tpu"), (["--data", "nowhere"], "nowhere"),
-    (["--from", "nowhere"], "nowhere"), (["--episodes", "4"], "episodes"), (["--iterations", "0"], "iterations")])
+    (["--bta", "1"], "--bta"), (["--beta", "x"], "--beta"), (["--beta", "-1"], "beta"), (["dpo"], "dpo"),
+    (["--k_min", "1"], "k_min"), (["--temperature", "0"], "temperature"), (["--device", "tpu"], "tpu"),
+    (["--n_embd", "30", "--n_head", "4"], "n_embd"), (["--max_new_tokens", "64"], "max_new_tokens"),
+    (["--data", "nowhere"], "nowhere"), (["--from", "nowhere"], "nowhere"), (["--episodes", "4"], "episodes"),
+    (["--iterations", "0"], "iterations"), (["--warmup", "-1"], "warmup"), (["--ptx_rows", "0"], "ptx_rows"),
+    (["--sft_lr", "0"], "sft_lr"), (["--ema", "2"], "ema"), (["--block_size", "20"], "block_size")])
 def test_wrong_flags_get_one_line_and_exit_code_2(words, told, capsys, tmp_path):
     assert ig.main([*words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -1302,8 +1315,9 @@ def test_every_setting_is_a_flag_with_help_and_a_stage():
         assert getattr(ig.parse([f"--{f.name}", str(given), *extra])[1], f.name) == given
 
 
-@pytest.mark.parametrize("text, told", [("", "is empty"), ('{"prompt": 1', ":1: not JSON"), ("\n\n[1]\n", ":3: no field"),
-                                        ('{"prompt": "a"}\n{"x": 1}\n', ":2: no field 'prompt'")])
+@pytest.mark.parametrize("text, told", [
+    ("", "is empty"), ('{"prompt": 1', ":1: not JSON"), ("\n\n[1]\n", ":3: no field"),
+    ('{"prompt": "a"}\n{"x": 1}\n', ":2: no field 'prompt'")])
 def test_broken_lines_are_named(tmp_path, text, told):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
@@ -1317,7 +1331,8 @@ def test_broken_lines_are_named(tmp_path, text, told):
 def test_data_card_counts_are_the_files(sets):
     with open(os.path.join(DATA, "README.md"), encoding="utf-8") as f:
         card = f.read().splitlines()
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in card if line.startswith("|") and ".jsonl`" in line]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in card if line.startswith("|")]
+    rows = [row for row in rows if ".jsonl`" in row[0]]
     assert len(rows) == 4
     for name, train, valid, *_ in rows:
         for split, count in (("train", train), ("valid", valid)):
