@@ -941,7 +941,7 @@ def corpus_loss(model, corpus, block_size, device, rows=512):
 
 def question(cfg, enc, models, world, tests, probes, device):
     """All models answer the tests and the probes -> {model: {set: answers}}, {set: items}. "GPT (prompted)"
-    is GPT with a few good examples in front of the prompt, where there is room for them (3.5)."""
+    is GPT with a good example in front of the prompt, where there is room for it (3.5)."""
     respectful = [{**p, "prompt": probes["respect"] + p["prompt"]} for p in probes["toxic"]]
     sets = {"tests": tests, "truth": probes["truthful"] * 4, "toxic": probes["toxic"] * 2,
             "respectful": respectful * 2, "unseen": probes["unseen"]}
@@ -1056,17 +1056,17 @@ def picture(results, history):
             text(middle, 268, name.replace("GPT (prompted)", "prompted"), size=11)
         svg.append(f'<path d="M{left} {y(mark or 0):.1f}h255" stroke="#999" stroke-dasharray="4 3"/>')
     text(810, 25, "True quality against KL to SFT, during RL", size=13)
-    widest = max([1e-3] + [h["k3"] for h in history])
+    widest = max([1e-3] + [h["k1"] for h in history])
     low, high = min([6] + [h["gold"] for h in history]), max([6.1] + [h["gold"] for h in history])
     for name, label in (("ppo", "PPO"), ("ppo_ptx", "PPO-ptx")):
         for h in (h for h in history if h["stage"] == name):
-            svg.append(f'<circle cx="{690 + 240 * h["k3"] / widest:.1f}" r="3" fill="{colors[label]}" '
+            svg.append(f'<circle cx="{690 + 240 * h["k1"] / widest:.1f}" r="3" fill="{colors[label]}" '
                        f'fill-opacity="0.6" cy="{250 - 200 * (h["gold"] - low) / (high - low):.1f}"/>')
     svg.append('<path d="M690 45V250H940" stroke="black" fill="none"/>')
     text(684, 254, f"{low:.1f}", "end")
     text(684, 54, f"{high:.1f}", "end")
     text(690, 268, "0")
-    text(930, 268, f"{widest:.1f} nats")
+    text(945, 268, f"{widest:.1f} nats", "end")
     return "\n".join(svg) + "\n</svg>\n"
 
 

@@ -658,8 +658,8 @@ def collect(rng, writers, forms, size, private_data_filter, cap=CAP):
     return out
 
 
-FLAWS = [(None, 46), ("rude", 17), ("lazy", 19), ("unfinished", 8), ("slip", 2), ("off topic", 1), ("false", 4),
-         ("constraint", 3)]
+FLAWS = [(None, 46), ("rude", 17), ("lazy", 19), ("unfinished", 8), ("slip", 2), ("off topic", 1),
+         ("false", 4), ("constraint", 3)]
 
 
 def demonstrate(rng, prompts):
