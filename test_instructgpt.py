@@ -1222,7 +1222,7 @@ def test_section_c2_equal_texts_are_one_response(enc):
 
 def command(*words, cwd=HERE):
     script = os.path.join(HERE, "instructgpt.py")
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}                # small matrices: a second thread only waits
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}                # small matrices: a second one waits
     return subprocess.run([sys.executable, script, *map(str, words)], cwd=cwd, text=True, capture_output=True,
                           timeout=600, encoding="utf-8", env=one_thread)
 
