@@ -1175,8 +1175,8 @@ def test_section_c4_what_is_scored_is_what_was_sampled_from(enc, sets, small_cor
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_section_c4_ppo_learns_to_raise_the_score(small_corpus, seed):
-    cfg = ig.Config(**{**SMALL, "episodes": 128, "iterations": 15, "policy_lr": 3e-3, "beta": 0.01, "warmup": 0,
-                       "seed": seed})
+    cfg = ig.Config(**{**SMALL, "episodes": 128, "iterations": 15, "policy_lr": 3e-3, "beta": 0.01,
+                       "warmup": 0, "seed": seed})
     words, log = SimpleNamespace(eot_token=EOS), Quiet()
     prompts = [{"ids": p, "task": None} for p in PROMPTS] * 32
     policy, reward_model, cpu = tiny(seed=seed), tiny("scalar", seed=seed + 10), torch.device("cpu")
