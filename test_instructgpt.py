@@ -1148,7 +1148,7 @@ def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, s
     e = ig.make_experience(cfg, enc, policy, reward_model, policy, reward_model, prompts, seeded(1))
     text = ig.corpus_batch(small_corpus, 4, 48, seeded(2), "cpu")
     actor, critic = deepcopy(policy).requires_grad_(True), deepcopy(reward_model).requires_grad_(True)
-    optimizers, steps, grads = (ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)), [], {}
+    optimizers, steps = (ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)), []
     for o in optimizers:
         o.register_step_pre_hook(lambda o, *_: steps.append(o.param_groups[0]["lr"]))
     rows, t = torch.arange(16), int(e["length"].max())

@@ -6,7 +6,7 @@ The toy world: it plays the people, the web and the checker of Ouyang et al. 202
                                             checker's verdicts
 
 The paper needed 40 labelers, the customers of an API and a crawl of the web. Here
-  * words and facts  the whole world, about 220 words; 16 of its facts have a popular misconception
+  * words and facts  the whole world, about 295 words; 16 of its facts have a popular misconception
   * tasks            ten use cases with the shares of Table 1; each kind of task knows its prompt, an answer
                      (good, or with a flaw), and how to check any other answer
   * the checker      what labelers tick in Table 3: followed? constraint? true? invented? rude? finished?
