@@ -53,7 +53,6 @@ import shutil                                    # copies finished stages (--fro
 import sys
 import time
 from base64 import b64decode                     # tiktoken's rank files
-from copy import deepcopy                        # policy, value net and EMA start as copies
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np                               # the corpus is one array
@@ -83,6 +82,8 @@ class Config:
     out: str = setting("out", "folder that the run writes to")
     data: str = setting("", "folder with the data sets; empty: data/ beside this file")
     device: str = setting("", "cpu, cuda or mps; empty: the best there is")
+    dtype: str = setting("float32", "or bfloat16 for matrix products, on a GPU that has it")
+    micro_batch: int = setting(0, "rows at once in training, if a minibatch does not fit; 0: all")
     seed: int = setting(0, "every random draw follows from it; on one CPU equal numbers", stage="pretrain")
     # the model: GPT-3's form in miniature
     n_layer: int = setting(2, "layers", "24 (1.3B) to 96 (175B)", "pretrain")
@@ -128,10 +129,6 @@ class Config:
     test_prompts: int = setting(600, "prompts that the models answer", "3,196", "evaluate")
     judges: int = setting(5, "labelers a pair of answers", "1", "evaluate")
 
-
-SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_prompts=300, iterations=4,
-             episodes=64, test_prompts=100)
-
 # ------------------------------------------------------------------------------------------------------------
 # Tokens and data (3.2). A request ends with "\n>" and its reply starts with a space, as on many pages of the
 # toy's web; the reply ends with end-of-text. Whatever a user types is encoded as plain text, so it can never
@@ -142,36 +139,6 @@ EOT = "<|endoftext|>"
 PIECES = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"       # newline, word with its space, number, ...
 
 
-def open_data(path):
-    """The file as UTF-8 text; UserError if it cannot be opened."""
-    try:
-        return open(path, encoding="utf-8-sig")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); "
-                        "python data/toyworld.py makes the toy's data") from e
-
-
-def read_lines(path):
-    """(number, line) of the non-empty lines of a text file; UserError if it is not UTF-8."""
-    with open_data(path) as f:
-        try:
-            return [(n, line) for n, line in enumerate(f, 1) if line.strip()]
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
-
-
-def load_encoding(path):
-    """tiktoken encoding from a rank file (lines of base64 token, rank). We parse it ourselves because
-    tiktoken's loader caches local files by their path and would miss a change."""
-    try:
-        ranks = {b64decode(word): int(rank) for word, rank in (line.split() for _, line in read_lines(path))}
-    except ValueError as e:
-        raise UserError(f"{path}: not a tiktoken rank file ({e}); "
-                        "each line is: base64 token, space, rank") from e
-    return tiktoken.Encoding("toyworld", pat_str=PIECES, mergeable_ranks=ranks,
-                             special_tokens={EOT: len(ranks)})
-
-
 def encode_prompt(enc, text):
     return enc.encode_ordinary(text + MARK)
 
@@ -180,23 +147,10 @@ def encode_response(enc, text):
     return (enc.encode_ordinary(" " + text) if text else []) + [enc.eot_token]
 
 
-def load_corpus(path, enc, length):
-    """Pretraining text, documents between blank lines -> (tokens array, starts of the documents that have
-    `length` tokens from their start on). Rows begin where a document begins, as prompts do."""
-    with open_data(path) as f:
-        texts = [d.strip("\n") for d in f.read().split("\n\n") if d.strip()]
-    docs = [enc.encode_ordinary(d) + [enc.eot_token] for d in texts]
-    tokens = np.array([t for d in docs for t in d], np.uint16 if enc.n_vocab <= 65536 else np.int32)  # (N,)
-    starts = np.cumsum([0] + [len(d) for d in docs[:-1]])                       # (documents,)
-    starts = starts[starts + length <= len(tokens)]
-    if len(starts) == 0:
-        raise UserError(f"{path}: holds fewer than {length} tokens; give more text or a smaller --block_size")
-    return tokens, starts
-
-
 def corpus_batch(corpus, n, length, generator, device):
-    """n random rows of `length` tokens -> (n, length) int64."""
-    tokens, starts = corpus
+    """n random rows of `length` tokens -> (n, length) int64. The corpus is one array of all tokens, and the
+    places where documents start: rows begin there, as prompts do."""
+    tokens, starts = corpus                                                     # (N,), (documents,)
     chosen = starts[torch.randint(len(starts), (n,), generator=generator).numpy()]   # (n,)
     return torch.from_numpy(tokens[chosen[:, None] + np.arange(length)].astype(np.int64)).to(device)
 
@@ -256,17 +210,17 @@ class Attention(nn.Module):
         self.c_attn, self.c_proj = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
         self.n_head = c.n_head
 
-    def forward(self, x, cache=None, position=None, visible=None):
+    def forward(self, x, cache=None, slots=None, bias=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B,T,3,H,C/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B,H,T,C/H) each
-        if cache is not None and visible is None:          # prefill: keep the prompt's keys and values
-            cache[0][:, :, :T], cache[1][:, :, :T] = k, v
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                        # (3,B,H,T,C/H)
+        q, k, v = qkv                                                           # (B,H,T,C/H) each
+        if cache is not None and bias is None:             # prefill: keep the prompt's keys and values
+            cache[:, :, :, :T] = qkv[1:]
         elif cache is not None:                            # decode: each row writes at its own position
-            rows, at = torch.arange(B, device=x.device), position[:, 0]         # (B,) each
-            cache[0][rows, :, at], cache[1][rows, :, at] = k[:, :, 0], v[:, :, 0]
-            k, v = (c[:, :, :visible.size(-1)] for c in cache)                  # (B,H,width,C/H) each
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+            cache.view(2, -1, C // self.n_head).index_copy_(1, slots.flatten(), qkv[1:].flatten(1, 3))
+            k, v = cache[:, :, :, :bias.size(-1)]                               # (B,H,width,C/H) each
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                  # (B,T,C)
 
 
@@ -301,8 +255,11 @@ class GPT(nn.Module):
             if p.ndim == 2:
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02)
+                if name.startswith("h."):                  # in memory (in,out): faster for few rows on a CPU
+                    p.data = p.data.t().contiguous().t()
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        self.kept = {}                                     # of the rollout: CUDA graphs and their buffers
         self.head = nn.Linear(c.n_embd, 1) if head == "scalar" else None
         if self.head:
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(c.n_embd + 1))  # Stiennon et al. 2020
@@ -312,21 +269,27 @@ class GPT(nn.Module):
         """(B,T) -> (B,T,C). Without position the tokens stand at 0..T-1, and a cache keeps their keys
         and values. With position (B,1): one token a row, which sees the columns 0..position of the
         cache's first `width`."""
-        visible = None
+        slots = bias = None
         if position is None:
             if tokens.size(1) > self.config.block_size:
                 raise ValueError(f"{tokens.size(1)} tokens exceed the block of {self.config.block_size}")
             position = torch.arange(tokens.size(1), device=tokens.device)       # (T,)
         else:
-            visible = (torch.arange(width, device=tokens.device) <= position)[:, None, None]   # (B,1,1,width)
+            _, B, H, T, _ = cache[0].shape
+            slots = torch.arange(B * H, device=tokens.device).view(B, H) * T + position            # (B,H)
+            later = torch.arange(width, device=tokens.device) > position        # (B,width)
+            bias = (-1e30 * later[:, None, None]).to(cache[0].dtype)            # (B,1,1,width)
         x = self.wte(tokens) + self.wpe(position)                               # (B,T,C)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], position, visible)
+            x = block(x, None if cache is None else cache[i], slots, bias)
         return self.ln_f(x)
 
     def project(self, x):
-        """(...,C) -> logits (...,vocab) or, with the scalar head, (...)."""
-        return self.head(x).squeeze(-1) if self.head else F.linear(x, self.wte.weight)
+        """(...,C) -> logits (...,vocab) or, with the scalar head, (...), in float32 as rewards have to be."""
+        if not self.head:
+            return F.linear(x, self.wte.weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float()).squeeze(-1)
 
     def forward(self, tokens):
         """tokens (B,T) -> logits (B,T,vocab) or, with the scalar head, (B,T)."""
@@ -339,11 +302,11 @@ class GPT(nn.Module):
         return [torch.zeros(shape, dtype=w.dtype, device=w.device) for _ in self.h]
 
 
-def scalar_copy(model):
-    """The model's trunk under a fresh scalar head, without dropout."""
-    other = GPT(replace(model.config, dropout=0.0), head="scalar").to(model.wte.weight.device)
+def copy_of(model, head=None, dropout=0.0):
+    """Another model with the same weights; with another head than the model's, that one is fresh."""
+    other = GPT(replace(model.config, dropout=dropout), head or ("scalar" if model.head else "lm"))
     other.load_state_dict(model.state_dict(), strict=False)
-    return other
+    return other.to(model.wte.weight.device)
 
 
 def freeze(model):
@@ -382,49 +345,89 @@ def pick(logits, u, temperature):
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
+def new_state(policy, B, T, n):
+    """Buffers of a rollout of B rows of T tokens, n of them new at most."""
+    new = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=policy.wte.weight.device)
+    return {"tokens": new(B, T), "at": new(B, 1), "step": new(1), "alive": new(B, dtype=torch.bool),
+            "mask": new(B, T - 1, dtype=torch.bool), "logprobs": new(B, T - 1, dtype=torch.float),
+            "uniforms": new(n, B, dtype=torch.float), "cache": policy.new_cache(B, T)}
+
+
 def decode_step(policy, s, width, eos, temperature):
     """One token for every row. The state s is a dict of tensors of fixed shape that are written in place."""
     at, alive = s["at"], s["alive"]                        # (B,1) place of the newest token, (B,) no EOS yet
     x = policy.hidden(s["tokens"].gather(1, at), s["cache"], at, width)         # (B,1,C)
     u = s["uniforms"].index_select(0, s["step"])[0]                             # (B,)
     token, logprob = pick(policy.project(x)[:, 0], u, temperature)              # (B,), (B,)
-    s["tokens"].scatter_(1, at + 1, torch.where(alive, token, 0)[:, None])
-    s["logprobs"].scatter_(1, at, torch.where(alive, logprob, 0.)[:, None])
+    s["tokens"].scatter_(1, at + 1, token.masked_fill(~alive, 0)[:, None])
+    s["logprobs"].scatter_(1, at, logprob.masked_fill(~alive, 0)[:, None])
     s["mask"].scatter_(1, at, alive[:, None])
     alive &= token != eos
     at += 1
     s["step"] += 1
 
 
+def capture(policy, s, *how):
+    """decode_step as a CUDA graph: its hundreds of small kernels are recorded once and started together by
+    each replay(), for the GPU is done with one before the host has started the next. A graph reads and writes
+    the same memory always: buffers are filled anew and weights are trained in place."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        decode_step(policy, s, *how)                       # libraries set themselves up outside of the record
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph, stream=side):
+        decode_step(policy, s, *how)
+    return graph
+
+
+def low_precision(policy):
+    """The policy's bfloat16 copy, refreshed in place: a step reads every weight once, now half as long."""
+    low = policy.kept.get("bfloat16") or copy_of(policy).to(torch.bfloat16)
+    for a, p in zip(low.parameters(), policy.parameters()):
+        a.copy_(p)
+    policy.kept["bfloat16"] = low
+    return low
+
+
 @torch.no_grad()
-def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=None):
+def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=None, graphs=None):
     """Samples one response to each prompt.
 
     prompts: B non-empty lists of ids, any lengths. A response ends with `eos` or after max_new_tokens.
+    graphs: replay the step as a CUDA graph; None: if there is CUDA. Under autocast a bfloat16 copy samples.
     Returns a Rollout with T = longest prompt + max_new_tokens; ValueError if T is above the block size.
     """
     policy.eval()                                          # dropout would make it another policy
     device, B, P = policy.wte.weight.device, len(prompts), max(map(len, prompts))
-    T = P + max_new_tokens
-    if T > policy.config.block_size:
-        raise ValueError(f"a prompt of {P} tokens and a response of {max_new_tokens} exceed the block of "
-                         f"{policy.config.block_size}")
-    if min(map(len, prompts)) == 0:
-        raise ValueError("a prompt needs at least one token")
-    tokens = stack(prompts, [[0] * (T - len(p)) for p in prompts], device)[0]   # (B,T)
-    lens = torch.tensor([len(p) for p in prompts], device=device)               # (B,)
-    s = {"tokens": tokens, "at": lens[:, None] - 1, "cache": policy.new_cache(B, T),
-         "logprobs": torch.zeros(B, T - 1, device=device),
-         "mask": torch.zeros(B, T - 1, dtype=torch.bool, device=device),
-         "alive": torch.ones(B, dtype=torch.bool, device=device),
-         "uniforms": torch.rand(max_new_tokens, B, generator=generator, device=device),
-         "step": torch.zeros(1, dtype=torch.long, device=device)}
-    policy.hidden(tokens[:, :P], s["cache"])               # prefill; each row's last token is fed again below
-    for i in range(max_new_tokens):
-        decode_step(policy, s, P + i if device.type == "cpu" else T, eos, temperature)
-        if i % 4 == 3 and not s["alive"].any():            # the one look at the device, every fourth step
-            break
-    return Rollout(tokens, s["mask"], s["logprobs"], lens, ~s["alive"])
+    T, block, n = P + max_new_tokens, policy.config.block_size, max_new_tokens
+    if T > block or min(map(len, prompts)) == 0:
+        raise ValueError(f"a prompt needs 1 to {block - n} tokens: {n} more must fit into the block of {block}")
+    if torch.is_autocast_enabled(device.type):
+        policy = low_precision(policy)
+    with torch.autocast(device.type, enabled=False):       # its casts would be done again at every step
+        graphs = device.type == "cuda" if graphs is None else graphs
+        width = min(block, -(-T // 16) * 16) if graphs else T                   # few shapes, aligned rows
+        key = B, width, n, eos, temperature
+        s, graph = graphs and policy.kept.get(key) or (new_state(policy, B, width, n), None)
+        if graphs and not graph:
+            graph = capture(policy, s, width, eos, temperature)
+            policy.kept = {**dict([*policy.kept.items()][-7:]), key: (s, graph)}               # eight at most
+        tokens = stack(prompts, [[0] * (width - len(p)) for p in prompts], device)[0]          # (B,width)
+        lens = torch.tensor([len(p) for p in prompts], device=device)           # (B,)
+        luck = torch.rand(n, B, generator=generator, device=device)             # (n,B)
+        for name, value in dict(tokens=tokens, at=lens[:, None] - 1, uniforms=luck, step=0, alive=True,
+                                mask=False, logprobs=0).items():
+            s[name][:] = value
+        if P > 1:                                          # prefill; each row's last token is fed below
+            policy.hidden(tokens[:, :P - 1], s["cache"])
+        for i in range(n):
+            seen = P + i if device.type == "cpu" else width
+            graph.replay() if graph else decode_step(policy, s, seen, eos, temperature)
+            if i % 4 == 3 and not s["alive"].any():        # the one look at the device, every fourth step
+                break
+        tokens, mask, logprobs = (s[k].clone() for k in ("tokens", "mask", "logprobs"))
+    return Rollout(tokens[:, :T], mask[:, :T - 1], logprobs[:, :T - 1], lens, ~s["alive"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -450,16 +453,22 @@ def whiten(x, mask):
     return clear(mask, x * torch.rsqrt(masked_mean(x ** 2, mask) + 1e-8))[0]
 
 
-def token_logprobs(model, tokens, temperature=1.0):
+def token_logprobs(model, tokens, temperature=1.0, mask=None):
     """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). Log-softmax in float32 whatever the model's type.
-    The temperature is the sampler's: what is scored must be what was sampled from."""
-    logits = model(tokens[:, :-1]).float() / temperature                        # (B,T-1,V)
-    return F.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    The temperature is the sampler's: what is scored must be what was sampled from. With a mask (B,T-1) only
+    its N entries meet the vocabulary, the dearest layer; elsewhere stands 0."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]                             # (B,T-1) each
+    if mask is None:
+        logits = model(inputs)                                                  # (B,T-1,V)
+    else:
+        logits, targets = model.project(model.hidden(inputs)[mask]), targets[mask]             # (N,V), (N,)
+    y = F.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[..., None]).squeeze(-1)
+    return y if mask is None else torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, y)
 
 
 def lm_loss(model, tokens, mask=None):
     """Next-token loss, nats a token: over all tokens, or over the response tokens alone (SFT)."""
-    logprobs = token_logprobs(model, tokens)                                    # (B,T-1)
+    logprobs = token_logprobs(model, tokens, 1.0, mask)                         # (B,T-1)
     return -logprobs.mean() if mask is None else -masked_mean(logprobs, mask)
 
 
@@ -578,6 +587,18 @@ def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
+def accumulate(loss, weights, size=0):
+    """Backward of a mean over B rows, `size` of them at a time (0: all) where not all fit at once. loss(slice
+    of rows) is the mean over a part; weights (B,) say what a row counts in it, its tokens perhaps. Returns
+    the mean over all."""
+    total, size = 0., size or len(weights)
+    for rows in (slice(start, start + size) for start in range(0, len(weights), size)):
+        part = loss(rows) * (weights[rows].sum() / weights.sum())
+        part.backward()
+        total += part.detach()
+    return total
+
+
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that are there, clipped at norm 1."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -599,8 +620,8 @@ def pretrain(cfg, enc, corpus, device, log):
           f"{len(corpus[0]):,} tokens of text")
     optimizer = adamw(gpt, cfg.pretrain_lr)
     for step in range(steps):
-        loss = lm_loss(gpt, corpus_batch(corpus, cfg.pretrain_batch, cfg.block_size, generator, device))
-        loss.backward()
+        rows = corpus_batch(corpus, cfg.pretrain_batch, cfg.block_size, generator, device)     # (B,block)
+        loss = accumulate(lambda i: lm_loss(gpt, rows[i]), torch.ones(len(rows)), cfg.micro_batch)
         clip_and_step(gpt, optimizer, cfg.pretrain_lr * cosine(step, steps, warmup=min(50, steps // 10)))
         if (step + 1) % 10 == 0:
             log("pretrain", step + 1, steps, loss=loss.item())
@@ -615,23 +636,19 @@ def pretrain(cfg, enc, corpus, device, log):
 def sft(cfg, enc, gpt, demos, corpus, device, log):
     """demos: list of (prompt ids, response ids). The SFT model: baseline, start of RL and KL reference."""
     generator = seed(cfg, "sft")
-    model = GPT(replace(gpt.config, dropout=cfg.sft_dropout)).to(device).train()
-    model.load_state_dict(gpt.state_dict())
+    model = copy_of(gpt, dropout=cfg.sft_dropout).train()
     mixed = round(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))     # pretraining rows a step
     lengths, optimizer = [len(x) + len(y) for x, y in demos], adamw(model, cfg.sft_lr)
     steps = cfg.sft_epochs * math.ceil(len(demos) / cfg.sft_batch)
     for step, batch in enumerate(epochs(lengths, cfg.sft_batch, cfg.sft_epochs, generator)):
         tokens, mask, _ = stack(*zip(*(demos[i] for i in batch)), device)       # (B,T), (B,T-1)
-        loss = lm_loss(model, tokens, mask)
-        loss.backward()
+        loss = accumulate(lambda i: lm_loss(model, tokens[i], mask[i]), mask.sum(1), cfg.micro_batch)
         if mixed:
             rows = corpus_batch(corpus, mixed, cfg.block_size, generator, device)              # (mixed,block)
-            (cfg.sft_mix * lm_loss(model, rows)).backward()
+            accumulate(lambda i: cfg.sft_mix * lm_loss(model, rows[i]), torch.ones(mixed), cfg.micro_batch)
         clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, steps))
         log("sft", step + 1, steps, loss=loss.item())
-    final = GPT(gpt.config).to(device)                                 # no dropout from here on
-    final.load_state_dict(model.state_dict())
-    return freeze(final)
+    return freeze(copy_of(model))                          # no dropout from here on
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -706,15 +723,14 @@ def score_comparisons(reward_model, batch, device):
 
 def train_reward_model(cfg, enc, model, comparisons, demos, device, log):
     """The reward model, from the SFT model, on all pairs of each prompt; one epoch, as more overfit (C.2)."""
-    generator, reward_model = seed(cfg, "rm"), scalar_copy(model)
+    generator, reward_model = seed(cfg, "rm"), copy_of(model, head="scalar").train()
     data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
     lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
-    steps = cfg.rm_epochs * math.ceil(len(data) / cfg.rm_batch)
+    steps, size = cfg.rm_epochs * math.ceil(len(data) / cfg.rm_batch), -(-cfg.micro_batch // cfg.k_max)
     for step, batch in enumerate(epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator)):
-        scores, ranks = score_comparisons(reward_model, [data[i] for i in batch], device)      # (B,K), (B,K)
-        loss = reward_loss(scores, ranks)
-        loss.backward()
+        loss = accumulate(lambda rows: reward_loss(*score_comparisons(          # scores and ranks, (B,K) each
+            reward_model, [data[i] for i in batch[rows]], device)), torch.ones(len(batch)), size)
         clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, steps))
         log("rm", step + 1, steps, loss=loss.item())
     normalise_reward(reward_model, demos, device)
@@ -739,14 +755,14 @@ def normalise_reward(reward_model, demos, device):
 # discount. With 0 this is PPO; else the pretraining gradient joins every optimizer step, which is PPO-ptx.
 
 
-def by_length(f, tokens, lengths, size=64):
+def by_length(f, r, lengths, size=64):
     """f applied to rows of about one length at a time, cut to the longest, its result put back in place: f
-    maps (b,t) tokens and (b,) lengths to (b,) or to (b,t-1), which stays 0 beyond t-1."""
+    maps tokens (b,t), mask (b,t-1) and lengths (b,) to (b,) or to (b,t-1), which stays 0 beyond t-1."""
     out = None
     for rows in lengths.argsort().split(size):                                  # (b,)
         t = int(lengths[rows].max())
-        y = f(tokens[rows, :t], lengths[rows])
-        out = y.new_zeros(len(tokens), *[tokens.size(1) - 1] * (y.ndim - 1)) if out is None else out
+        y = f(r.tokens[rows, :t], r.mask[rows, :t - 1], lengths[rows])
+        out = y.new_zeros(len(lengths), *r.mask.shape[1:y.ndim]) if out is None else out
         out[(rows, slice(t - 1))[:y.ndim]] = y
     return out
 
@@ -759,13 +775,13 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
     r = rollout(policy, prompts, cfg.max_new_tokens, enc.eot_token, cfg.temperature, generator)
     seconds, length = time.time() - start, r.prompt_lens + r.mask.sum(1)        # (B,)
     # 2. Score the whole response at its EOS; one that did not end gets the fixed score.
-    scores = by_length(lambda x, n: reward_scores(reward_model, x, n - 1), r.tokens, length)    # (B,)
+    scores = by_length(lambda x, m, n: reward_scores(reward_model, x, n - 1), r, length)        # (B,)
     scores = torch.where(r.ended, scores, cfg.unfinished_score)
     # 3. The reference's log-probs, the KL penalty of each token, the score at the last one.
-    ref = by_length(lambda x, n: token_logprobs(reference, x, cfg.temperature), r.tokens, length)   # (B,T-1)
+    ref = by_length(lambda x, m, n: token_logprobs(reference, x, cfg.temperature, m), r, length)    # (B,T-1)
     rewards = token_rewards(scores, r.logprobs, ref, r.mask, cfg.beta)          # (B,T-1)
     # 4. Values of the states, advantages (whitened over the whole batch) and returns.
-    values = by_length(lambda x, n: value_net(x[:, :-1]), r.tokens, length)     # (B,T-1)
+    values = by_length(lambda x, m, n: value_net(x[:, :-1]), r, length)         # (B,T-1)
     advantages, returns = gae(rewards, values, r.mask, 1.0, cfg.lam)            # (B,T-1) each
     return {"tokens": r.tokens, "mask": r.mask, "logprobs": r.logprobs, "ref_logprobs": ref,
             "rewards": rewards, "values": values, "raw_advantages": advantages,
@@ -773,28 +789,41 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
             "length": length, "ended": r.ended, "tokens_per_second": int(r.mask.sum()) / seconds}
 
 
-def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, pretraining_rows, warm):
-    """One minibatch of the episodes e: an optimizer step for policy and value net. Returns numbers to log."""
-    t = int(e["length"][rows].max())                                            # cut to the longest row
-    tokens, mask = e["tokens"][rows, :t], e["mask"][rows, :t - 1]               # (b,t), (b,t-1)
-    cut = lambda name: e[name][rows, :t - 1]                                    # (b,t-1)
+def cut(e, rows, *names):
+    """Rows of the episodes, cut to the longest of them: tokens (b,t) and the named tensors, (b,t-1) each."""
+    t = int(e["length"][rows].max())
+    return [e["tokens"][rows, :t]] + [e[name][rows, :t - 1] for name in names]
+
+
+def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
+    """One minibatch of the episodes e, and as many rows of pretraining text as Eq. 2 wants: an optimizer step
+    for the policy and one for the value net. Returns numbers to log."""
+    weights, changes = e["mask"][rows].sum(1), []                               # (b,) response tokens
+
+    def surrogate(i):
+        tokens, mask, old, advantages = cut(e, rows[i], "mask", "logprobs", "advantages")
+        logprobs = token_logprobs(policy, tokens, cfg.temperature, mask)        # (b,t-1)
+        changes.append((logprobs.detach() - old)[mask])                         # (tokens,)
+        return policy_loss(logprobs, old, advantages, mask, cfg.cliprange)
+
+    def error(i):
+        tokens, mask, old, returns = cut(e, rows[i], "mask", "values", "returns")
+        return value_loss(value_net(tokens[:, :-1]), old, returns, mask, cfg.value_clip)
+
     # 5. PPO's gradient ...
-    logprobs = token_logprobs(policy, tokens, cfg.temperature)                  # (b,t-1)
-    policy_loss(logprobs, cut("logprobs"), cut("advantages"), mask, cfg.cliprange).backward()
+    accumulate(surrogate, weights, cfg.micro_batch)
     ppo_grads = [p.grad.clone() for p in policy.parameters()]
     # 6. ... and the pretraining gradient, added up in the same buffer, for one optimizer step on Eq. 2 (C.4).
     if ptx_coef:
-        (ptx_coef * lm_loss(policy, pretraining_rows)).backward()
+        accumulate(lambda i: ptx_coef * lm_loss(policy, text[i]), torch.ones(len(text)), cfg.micro_batch)
     ptx_grads = [p.grad - g for p, g in zip(policy.parameters(), ppo_grads)]
     clip_and_step(policy, optimizers[0], cfg.policy_lr * warm)
     # 7. The value net, a network of its own.
-    loss = value_loss(value_net(tokens[:, :-1]), cut("values"), cut("returns"), mask, cfg.value_clip)
-    loss.backward()
+    loss = accumulate(error, weights, cfg.micro_batch)
     clip_and_step(value_net, optimizers[1], cfg.value_lr)
-    change = clear(mask, logprobs.detach() - cut("logprobs"))[0]                # (b,t-1)
-    clipped = masked_mean(((change.exp() - 1).abs() > cfg.cliprange).float(), mask)
-    norm = lambda grads: torch.stack([g.norm() for g in grads]).norm().item()
-    return {"|ppo|": norm(ppo_grads), "|ptx|": norm(ptx_grads), "clip": clipped.item(), "vloss": loss.item(),
+    change, norm = torch.cat(changes), lambda grads: torch.stack([g.norm() for g in grads]).norm().item()
+    return {"|ppo|": norm(ppo_grads), "|ptx|": norm(ptx_grads), "vloss": loss.item(),
+            "clip": ((change.exp() - 1).abs() > cfg.cliprange).float().mean().item(),
             "change": change.abs().max().item()}
 
 
@@ -803,9 +832,8 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
     log alone). Returns the EMA of the policy."""
     name = "ppo_ptx" if ptx_coef else "ppo"
     generator, draw, queue = seed(cfg, name), seed(cfg, name + " rollout", device), []
-    reference, policy = freeze(sft_model), deepcopy(sft_model).requires_grad_(True)
-    value_net = deepcopy(freeze(reward_model)).requires_grad_(True)    # starts as the reward model (3.5)
-    average = freeze(deepcopy(policy))
+    reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
+    value_net = copy_of(freeze(reward_model))              # starts as the reward model (3.5)
     optimizers = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
     for iteration in range(cfg.iterations):
         while len(queue) < cfg.episodes:                               # every pass in a new order
@@ -901,7 +929,7 @@ def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
         scores += torch.where(ended, reward_scores(reward_model, tokens, last), cfg.unfinished_score).tolist()
         own = torch.zeros(mask.shape, device=device)                            # (b,t-1)
         own[mask] = torch.tensor([x for r in part for x in r["logprobs"]], device=device)
-        kls += clear(mask, kl_k3(own, token_logprobs(reference, tokens)))[0].sum(1).tolist()
+        kls += clear(mask, kl_k3(own, token_logprobs(reference, tokens, 1.0, mask)))[0].sum(1).tolist()
     return mean(scores), mean(kls)
 
 
@@ -1146,6 +1174,50 @@ STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo
 MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
 
 
+def open_data(path):
+    """The file as UTF-8 text; UserError if it cannot be opened."""
+    try:
+        return open(path, encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); "
+                        "python data/toyworld.py makes the toy's data") from e
+
+
+def read_lines(path):
+    """(number, line) of the non-empty lines of a text file; UserError if it is not UTF-8."""
+    with open_data(path) as f:
+        try:
+            return [(n, line) for n, line in enumerate(f, 1) if line.strip()]
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+
+
+def load_encoding(path):
+    """tiktoken encoding from a rank file (lines of base64 token, rank). We parse it ourselves because
+    tiktoken's loader caches local files by their path and would miss a change."""
+    try:
+        ranks = {b64decode(word): int(rank) for word, rank in (line.split() for _, line in read_lines(path))}
+    except ValueError as e:
+        raise UserError(f"{path}: not a tiktoken rank file ({e}); "
+                        "each line is: base64 token, space, rank") from e
+    return tiktoken.Encoding("toyworld", pat_str=PIECES, mergeable_ranks=ranks,
+                             special_tokens={EOT: len(ranks)})
+
+
+def load_corpus(path, enc, length):
+    """Pretraining text, documents between blank lines -> (tokens array, starts of the documents that have
+    `length` tokens from their start on)."""
+    with open_data(path) as f:
+        texts = [d.strip("\n") for d in f.read().split("\n\n") if d.strip()]
+    docs = [enc.encode_ordinary(d) + [enc.eot_token] for d in texts]
+    tokens = np.array([t for d in docs for t in d], np.uint16 if enc.n_vocab <= 65536 else np.int32)  # (N,)
+    starts = np.cumsum([0] + [len(d) for d in docs[:-1]])                       # (documents,)
+    starts = starts[starts + length <= len(tokens)]
+    if len(starts) == 0:
+        raise UserError(f"{path}: holds fewer than {length} tokens; give more text or a smaller --block_size")
+    return tokens, starts
+
+
 def read_jsonl(path, *needed):
     """The objects in a file of JSON lines; UserError naming the line if one is broken or lacks a field."""
     rows = []
@@ -1188,7 +1260,7 @@ class Run:
     def __init__(self, cfg, source, fresh):
         self.cfg, self.source, self.fresh = cfg, source, fresh
         self.models, self.corpora, self.seconds = {}, {}, {}
-        self.device = find_device(cfg.device)
+        self.device = find_device(cfg.device, cfg.dtype)
         self.data = cfg.data or os.path.join(os.path.dirname(__file__), "data")
         self.enc = load_encoding(os.path.join(self.data, "vocab.tiktoken"))
         self.world = toyworld(self.data)
@@ -1287,7 +1359,8 @@ class Run:
              "seconds": seconds, "head": "scalar" if model.head else "lm", "weights": model.state_dict()}
         torch.save(c, self.path(name + ".tmp"))
         os.replace(self.path(name + ".tmp"), self.path(name + ".pt"))  # never a half-written checkpoint
-        print(f"{name}: {seconds[name]:.0f} s, written to {self.path(name + '.pt')}\n", flush=True)
+        print(f"{name}: {seconds[name]:.0f} s, at most {peak_memory(self.device) / 1e9:.2f} GB of memory, "
+              f"written to {self.path(name + '.pt')}\n", flush=True)
         return c
 
     def collect(self, model):
@@ -1332,18 +1405,35 @@ class Run:
               "comparisons.jsonl, log.jsonl, the checkpoints")
 
 
-def find_device(name):
-    """The torch device of this name; without one the best there is."""
+def find_device(name, dtype="float32"):
+    """The torch device of this name; without one the best there is. UserError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [k for k, v in there.items() if v]
     if name and name.split(":")[0] not in there:
         raise UserError(f"--device {name}: not there; this machine has {', '.join(there)}")
+    native = there[0] == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not (native and (name or "cuda").startswith("cuda")):
+        raise UserError(f"--dtype {dtype}: only on a CUDA GPU that has it (Ampere or newer); use float32")
     return torch.device(name or there[0])
+
+
+def peak_memory(device):
+    """The most bytes held so far: by tensors on a GPU, else by the process (Windows does not tell: 0)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource                              # there is none on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):                    # one line instead of the whole usage
         raise UserError(f"{message}; see: python instructgpt.py --help")
+
+
+SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_prompts=300, iterations=4,
+             episodes=64, test_prompts=100)
 
 
 def parse(argv):
@@ -1374,7 +1464,7 @@ def parse(argv):
 def check(cfg):
     """UserError, by name and with the allowed range, for a setting that cannot work."""
     positive = [f.name for f in fields(cfg)
-                if type(f.default) is int and f.name not in ("seed", "warmup")]
+                if type(f.default) is int and f.name not in ("seed", "warmup", "micro_batch")]
     rules = [(name, getattr(cfg, name) >= 1, "must be at least 1") for name in positive] + [
         ("n_embd", cfg.n_embd % max(1, cfg.n_head) == 0, f"must be a multiple of n_head, {cfg.n_head}"),
         ("block_size", cfg.block_size >= 48, "must be at least 48, for the probes of the evaluation"),
@@ -1384,6 +1474,8 @@ def check(cfg):
         ("temperature", cfg.temperature > 0, "must be above 0"),
         ("beta", cfg.beta >= 0, "must not be negative"),
         ("warmup", cfg.warmup >= 0, "must not be negative"),
+        ("micro_batch", cfg.micro_batch >= 0, "must not be negative"),
+        ("dtype", cfg.dtype in ("float32", "bfloat16"), "must be float32 or bfloat16"),
         ("ptx_coef", cfg.ptx_coef >= 0, "must not be negative"),
         ("sft_mix", 0 <= cfg.sft_mix < 1, "must lie in 0 to 1, without 1"),
         ("sft_dropout", 0 <= cfg.sft_dropout < 1, "must lie in 0 to 1, without 1"),
@@ -1404,10 +1496,11 @@ def main(argv=None):
         torch.set_flush_denormal(True)           # peaked softmaxes are full of denormals, slow on a CPU
         run = Run(cfg, source, fresh)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
-        for name in {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage]):
-            run.model(name)
-        if stage in ("all", "evaluate"):
-            run.evaluate(start)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            for name in {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage]):
+                run.model(name)
+            if stage in ("all", "evaluate"):
+                run.evaluate(start)
     except UserError as e:
         print(f"instructgpt.py: {e}", file=sys.stderr)
         return 2
