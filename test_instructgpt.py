@@ -484,6 +484,94 @@ def test_section_c4_decode_step_keeps_its_shapes_and_never_waits_for_the_host(mo
     assert torch.equal(got.tokens, narrow.tokens)
 
 
+class Graph:
+    """A CUDA graph's stand-in: what capture() recorded, replayed on the same buffers."""
+    made = 0
+
+    def __init__(self, policy, s, width, eos, temperature):
+        Graph.made += 1
+        ig.decode_step(policy, s, width, eos, temperature)             # the warm-up leaves its traces
+        assert width % 16 == 0 or width == policy.config.block_size
+        self.replay = lambda: ig.decode_step(policy, s, width, eos, temperature)
+
+
+def test_section_c4_graph_and_eager_agree_token_for_token(monkeypatch):
+    monkeypatch.setattr(ig, "capture", Graph)
+    model, Graph.made, same = tiny(block=36), 0, ("tokens", "mask", "logprobs", "prompt_lens", "ended")
+    for step, prompts in enumerate([PROMPTS, PROMPTS[::-1], [[5], [4, 3], [2], [1, 8]], PROMPTS * 2]):
+        for n in (9, 10):                                              # other prompts and weights, old buffers
+            a = ig.rollout(model, prompts, n, EOS, 1.0, seeded(step), graphs=True)
+            b = ig.rollout(model, prompts, n, EOS, 1.0, seeded(step), graphs=False)
+            assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in same if k != "logprobs")
+            close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
+        with torch.no_grad():
+            move(model, seed=step)
+    assert Graph.made == 4                                             # B of 4 or 8, n of 9 or 10; T is 16
+    ig.rollout(model, [[1] * 30], 6, EOS, 1.0, seeded(0), graphs=True)                 # 36, clamped to the block
+    for eos in range(20, 40):
+        ig.rollout(model, PROMPTS, 2, eos, 1.0, seeded(0), graphs=True)
+    assert len(model.kept) == 8 and set(model.state_dict()) == set(tiny().state_dict())
+
+
+def test_section_c4_results_of_a_graph_outlive_its_next_replay(monkeypatch):
+    monkeypatch.setattr(ig, "capture", Graph)
+    model = tiny()
+    a = ig.rollout(model, PROMPTS, 8, EOS, 1.0, seeded(0), graphs=True)
+    before = deepcopy(a)
+    ig.rollout(model, PROMPTS[::-1], 8, EOS, 1.0, seeded(1), graphs=True)
+    assert all(torch.equal(getattr(a, k), getattr(before, k)) for k in vars(a))
+
+
+def test_section_c4_capture_warms_up_and_then_records_one_step(monkeypatch):
+    steps, nothing = [], contextlib.nullcontext()
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    fake = dict(CUDAGraph=lambda: "graph", Stream=lambda: stream, current_stream=lambda: stream,
+                stream=lambda s: nothing, graph=lambda g, stream: steps.append("record") or nothing)
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(ig, "decode_step", lambda *a: steps.append(a))
+    assert ig.capture("policy", "s", 32, EOS, 1.0) == "graph"
+    assert steps == [("policy", "s", 32, EOS, 1.0), "record", ("policy", "s", 32, EOS, 1.0)]
+
+
+def test_section_c4_copies_of_a_policy_share_neither_weights_nor_graphs(monkeypatch):
+    monkeypatch.setattr(ig, "capture", Graph)
+    model = tiny()
+    ig.rollout(model, PROMPTS, 8, EOS, 1.0, seeded(0), graphs=True)
+    other = ig.copy_of(model)
+    assert not other.kept and all(map(torch.equal, model.parameters(), other.parameters()))
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in other.parameters()}
+
+
+def test_bfloat16_rollout_samples_from_a_copy_that_follows_the_weights():
+    model = tiny()
+    with torch.no_grad():                                              # tiny's own are too peaked for 8 bits
+        for p in model.parameters():
+            p.mul_(0.5)
+    for step in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            r = ig.rollout(model, PROMPTS * 8, 10, EOS, 1.0, seeded(step))
+            scored = ig.token_logprobs(model, r.tokens)
+        assert r.logprobs.dtype == scored.dtype == torch.float32
+        exact = ig.token_logprobs(model, r.tokens)
+        for x in (r.logprobs, scored):                                 # rounding apart, the same distribution
+            assert (x - exact)[r.mask].abs().mean() < 0.03
+        low = model.kept["bfloat16"]
+        assert all(torch.equal(a, p.bfloat16()) for a, p in zip(low.parameters(), model.parameters()))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        with torch.no_grad():
+            move(model, seed=step)
+    assert set(model.state_dict()) == set(tiny().state_dict())         # the copy is not part of the checkpoint
+
+
+def test_scores_and_values_are_float32_under_autocast():
+    model, tokens = tiny("scalar"), torch.randint(V, (3, 9), generator=seeded(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(tokens)
+    assert low.dtype == torch.float32 and not torch.equal(low, low.bfloat16().float())
+    close(low, model(tokens), atol=0.3, rtol=0.1)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Formulas: log-probs, masked statistics
 
@@ -505,6 +593,27 @@ def test_token_logprobs_are_float32_whatever_the_model():
     want = F.log_softmax(logits.double(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
     assert got.dtype == torch.float32
     close(got.double(), want, atol=1e-6, rtol=0)
+
+
+def test_token_logprobs_of_the_mask_alone_are_those_of_all():
+    model, tokens = tiny(), torch.randint(V, MASK.shape, generator=seeded(0))
+    tokens = F.pad(tokens, (0, 1))
+    weights, upon = list(model.parameters()), normal(*MASK.shape)
+    all_, some = ig.token_logprobs(model, tokens, 0.7), ig.token_logprobs(model, tokens, 0.7, MASK)
+    close(some, ig.clear(MASK, all_)[0])
+    assert some[~MASK].abs().sum() == 0
+    for a, b in zip(torch.autograd.grad((ig.clear(MASK, all_)[0] * upon).sum(), weights),
+                    torch.autograd.grad((some * upon).sum(), weights)):
+        close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_are_not_spent_on_prompts(monkeypatch):
+    model, seen = tiny(), []
+    tokens, mask, _ = ig.stack(PROMPTS, [[4, EOS], [1], [2, 3, EOS], [EOS]], "cpu")
+    project = model.project
+    monkeypatch.setattr(model, "project", lambda x: seen.append(x.shape[:-1]) or project(x))
+    ig.lm_loss(model, tokens, mask)
+    assert seen == [(7,)]
 
 
 def test_masked_mean_is_the_mean_over_the_mask():
@@ -822,6 +931,32 @@ def episode(prompts, responses, seed=0):
     logprobs = ig.token_logprobs(lambda _: logits, tokens)
     ig.policy_loss(logprobs, logprobs.detach(), torch.ones(mask.shape), mask).backward()
     return logits.grad, tokens
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+def test_accumulated_gradient_is_that_of_the_whole_minibatch(size):
+    tokens, mask, _ = ig.stack(PROMPTS, [[4, 0, EOS], [EOS], [1, 2, 3, EOS], [6, EOS]], "cpu")
+    whole, parts = tiny(), tiny()
+    loss = ig.lm_loss(whole, tokens, mask)
+    loss.backward()
+    got = ig.accumulate(lambda i: ig.lm_loss(parts, tokens[i], mask[i]), mask.sum(1), size)
+    close(got, loss.detach())
+    for a, b in zip(whole.parameters(), parts.parameters()):
+        close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_fused_optimizer_moves_the_weights_as_the_plain_one_does():
+    fused, plain = tiny(), tiny()                                      # their weights are not contiguous
+    optimizers = ig.adamw(fused, 0.01), torch.optim.AdamW(
+        plain.parameters(), 0.01, (0.9, 0.95), weight_decay=0.0, foreach=False, fused=False)
+    for model, optimizer in zip((fused, plain), optimizers):
+        for step in range(3):
+            ig.accumulate(lambda i: ig.lm_loss(model, torch.arange(9)[None] + step % 2), torch.ones(1))
+            ig.clip_and_step(model, optimizer, 0.01)
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters()):
+        if not name.endswith("c_attn.bias"):                           # a key's has no gradient but rounding
+            close(a, b, atol=1e-6, rtol=1e-5)
+    assert any(not p.is_contiguous() for p in fused.parameters())
 
 
 def test_section_c4_one_token_response_trains_one_row_of_logits():
@@ -1143,8 +1278,9 @@ def test_section_c4_kl_and_reward_before_the_first_update(enc, sets, small_corpu
     close(e["values"][mask], reward_model(e["tokens"][:, :-1])[mask], atol=1e-5, rtol=0)
 
 
-def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, small_corpus):
-    cfg, (policy, reward_model) = ig.Config(**SMALL), small_models(enc)
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, small_corpus, micro_batch):
+    cfg, (policy, reward_model) = ig.Config(**SMALL, micro_batch=micro_batch), small_models(enc)
     prompts = [p["ids"] for p in small_prompts(enc, sets, 16)]
     e = ig.make_experience(cfg, enc, policy, reward_model, policy, reward_model, prompts, seeded(1))
     text = ig.corpus_batch(small_corpus, 4, 48, seeded(2), "cpu")
@@ -1206,6 +1342,21 @@ def test_same_seed_same_numbers(enc, small_corpus, sets):
     assert torch.equal(*runs)
     other = ig.pretrain(ig.Config(**{**SMALL, "seed": 1}), enc, small_corpus, device, Quiet())
     assert not torch.equal(weights(gpt), weights(other))
+
+
+def test_micro_batches_train_the_same_models(enc, sets, small_corpus):
+    demos = [(ig.encode_prompt(enc, r["prompt"]), ig.encode_response(enc, r["completion"])[:6])
+             for r in sets["sft_train"][:200] if len(r["prompt"]) < 60]
+    ranked = [{"prompt": r["prompt"], "responses": ["Yes.", "No.", "I do not know."], "ranks": [1, 3, 2],
+               "ended": [True] * 3} for r in sets["rm_train"][:40] if len(r["prompt"]) < 60]
+    runs = []
+    for micro_batch in (0, 3):
+        cfg, cpu = ig.Config(**SMALL, micro_batch=micro_batch), torch.device("cpu")
+        gpt = ig.pretrain(cfg, enc, small_corpus, cpu, Quiet())
+        model = ig.sft(cfg, enc, gpt, demos, small_corpus, cpu, Quiet())
+        runs.append((gpt, model, ig.train_reward_model(cfg, enc, model, ranked, demos, cpu, Quiet())))
+    for a, b in zip(*runs):
+        assert (weights(a) - weights(b)).abs().median() < 1e-5         # a key's bias moves by rounding alone
 
 
 def test_section_c2_equal_texts_are_one_response(enc):
