@@ -50,9 +50,11 @@ import math
 import os
 import random                                    # the labelers' noise
 import shutil                                    # copies finished stages (--from)
+import signal                                    # Ctrl-C
 import sys
 import time
 from base64 import b64decode                     # tiktoken's rank files
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np                               # the corpus is one array
@@ -72,6 +74,10 @@ class UserError(Exception):
     """A mistake of the user's: printed as one line, exit code 2."""
 
 
+class NotFinite(Exception):
+    """A number became NaN or infinite: the run stops and says where."""
+
+
 def setting(default, text, paper=None, stage="run"):
     text += f" [paper: {paper}]" if paper else ""
     return field(default=default, metadata={"help": text, "stage": stage})
@@ -83,6 +89,7 @@ class Config:
     data: str = setting("", "folder with the data sets; empty: data/ beside this file")
     device: str = setting("", "cpu, cuda or mps; empty: the best there is")
     dtype: str = setting("float32", "or bfloat16 for matrix products, on a GPU that has it")
+    save_every: float = setting(30.0, "seconds of training between two saves")
     micro_batch: int = setting(0, "rows at once in training, if a minibatch does not fit; 0: all")
     seed: int = setting(0, "every random draw follows from it; on one CPU equal numbers", stage="pretrain")
     # the model: GPT-3's form in miniature
@@ -185,8 +192,8 @@ def batches(lengths, size, generator):
 
 
 def epochs(lengths, size, n, generator):
-    """The batches of n epochs, one after the other; each epoch is shuffled when it begins."""
-    return (batch for _ in range(n) for batch in batches(lengths, size, generator))
+    """The batches of n epochs, one after the other."""
+    return [batch for _ in range(n) for batch in batches(lengths, size, generator)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -402,7 +409,7 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     device, B, P = policy.wte.weight.device, len(prompts), max(map(len, prompts))
     T, block, n = P + max_new_tokens, policy.config.block_size, max_new_tokens
     if T > block or min(map(len, prompts)) == 0:
-        raise ValueError(f"a prompt needs 1 to {block - n} tokens: {n} more must fit into the block of {block}")
+        raise ValueError(f"a prompt needs 1 to {block - n} tokens: {n} more must fit the block of {block}")
     if torch.is_autocast_enabled(device.type):
         policy = low_precision(policy)
     with torch.autocast(device.type, enabled=False):       # its casts would be done again at every step
@@ -569,9 +576,10 @@ def warmup_factor(iteration, warmup):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What every training loop needs. Two things are handed to the loops from outside: log(stage, step, steps,
-# name=number, ...) writes a line (class Log, below); `world` is data/toyworld.py with check (the verdict on
-# an answer), gold (its true quality), make_labelers and rank.
+# What every training loop needs. Two things are handed to the loops from outside. `log` (class Log, below):
+# log(stage, step, steps, name=number, ...) writes a line; log.steps(stage, steps, name=object, ...) counts
+# the steps, saves the objects that change now and then, and goes on from there after a stop. `world` is
+# data/toyworld.py with check (the verdict on an answer), gold (its true quality), make_labelers and rank.
 
 
 def seed(cfg, name, device="cpu"):
@@ -579,6 +587,13 @@ def seed(cfg, name, device="cpu"):
     number = cfg.seed * 100 + sum(map(ord, name)) % 97
     torch.manual_seed(number)
     return torch.Generator(device).manual_seed(number)
+
+
+def finite(name, x):
+    """The tensor, if all of it is finite; else NotFinite."""
+    if not x.isfinite().all():
+        raise NotFinite(f"{name} became {x[~x.isfinite()].flatten()[0].item()}")
+    return x
 
 
 def adamw(model, lr):
@@ -594,14 +609,16 @@ def accumulate(loss, weights, size=0):
     total, size = 0., size or len(weights)
     for rows in (slice(start, start + size) for start in range(0, len(weights), size)):
         part = loss(rows) * (weights[rows].sum() / weights.sum())
-        part.backward()
+        finite("the loss", part).backward()
         total += part.detach()
     return total
 
 
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that are there, clipped at norm 1."""
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+        for name, p in model.named_parameters():
+            finite(f"the gradient of {name}", p.grad)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -619,7 +636,7 @@ def pretrain(cfg, enc, corpus, device, log):
     print(f"pretrain: {sum(p.numel() for p in gpt.parameters()):,} parameters, vocabulary of {enc.n_vocab}, "
           f"{len(corpus[0]):,} tokens of text")
     optimizer = adamw(gpt, cfg.pretrain_lr)
-    for step in range(steps):
+    for step in log.steps("pretrain", steps, model=gpt, optimizer=optimizer, generator=generator):
         rows = corpus_batch(corpus, cfg.pretrain_batch, cfg.block_size, generator, device)     # (B,block)
         loss = accumulate(lambda i: lm_loss(gpt, rows[i]), torch.ones(len(rows)), cfg.micro_batch)
         clip_and_step(gpt, optimizer, cfg.pretrain_lr * cosine(step, steps, warmup=min(50, steps // 10)))
@@ -639,15 +656,15 @@ def sft(cfg, enc, gpt, demos, corpus, device, log):
     model = copy_of(gpt, dropout=cfg.sft_dropout).train()
     mixed = round(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))     # pretraining rows a step
     lengths, optimizer = [len(x) + len(y) for x, y in demos], adamw(model, cfg.sft_lr)
-    steps = cfg.sft_epochs * math.ceil(len(demos) / cfg.sft_batch)
-    for step, batch in enumerate(epochs(lengths, cfg.sft_batch, cfg.sft_epochs, generator)):
-        tokens, mask, _ = stack(*zip(*(demos[i] for i in batch)), device)       # (B,T), (B,T-1)
+    plan = epochs(lengths, cfg.sft_batch, cfg.sft_epochs, generator)
+    for step in log.steps("sft", len(plan), model=model, optimizer=optimizer, generator=generator):
+        tokens, mask, _ = stack(*zip(*(demos[i] for i in plan[step])), device)  # (B,T), (B,T-1)
         loss = accumulate(lambda i: lm_loss(model, tokens[i], mask[i]), mask.sum(1), cfg.micro_batch)
         if mixed:
             rows = corpus_batch(corpus, mixed, cfg.block_size, generator, device)              # (mixed,block)
             accumulate(lambda i: cfg.sft_mix * lm_loss(model, rows[i]), torch.ones(mixed), cfg.micro_batch)
-        clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, steps))
-        log("sft", step + 1, steps, loss=loss.item())
+        clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, len(plan)))
+        log("sft", step + 1, len(plan), loss=loss.item())
     return freeze(copy_of(model))                          # no dropout from here on
 
 
@@ -674,28 +691,28 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
     return out
 
 
-def collect(cfg, enc, policy, rows, split, world, generator, rng, log):
-    """Comparisons for the prompts: K responses each, ranked by one labeler, and on validation
-    prompts by a second one too, which measures how well people agree. They are written to
-    comparisons.jsonl as they are."""
-    people, ks = world.make_labelers("train"), [rng.randint(cfg.k_min, cfg.k_max) for _ in rows]
-    prompts = [encode_prompt(enc, p["prompt"]) for p, k in zip(rows, ks) for _ in range(k)]
-    answers, out = [], []
-    for s in range(0, len(prompts), 4096):
-        answers += respond(policy, enc, prompts[s:s + 4096], cfg.max_new_tokens, generator)
-        log("collect", len(answers), len(prompts), ended=sum(r["ended"] for r in answers) / len(answers))
-    answers = iter(answers)
-    for p, k in zip(rows, ks):
-        mine = [next(answers) for _ in range(k)]
-        texts, ended = [r["text"] for r in mine], [r["ended"] for r in mine]
-        merits = [world.check(p["task"], text, end) for text, end in zip(texts, ended)]
-        one, two = rng.sample(people, 2)
-        c = {"prompt": p["prompt"], "responses": texts, "ranks": world.rank(one, merits, texts, rng),
-             "labeler": one.name, "ended": ended, "split": split, "use_case": p["use_case"],
-             "task": p["task"], "gold": [round(world.gold(m), 2) for m in merits]}
-        if split == "valid":
-            c["second_ranks"] = world.rank(two, merits, texts, rng)
-        out.append(c)
+def collect(cfg, enc, policy, rows, world, generator, rng, log, size=512):
+    """Comparisons for the prompts: K responses each, ranked by one labeler, and on validation prompts by a
+    second one too, which measures how well people agree. comparisons.jsonl holds them as they are."""
+    people, out = world.make_labelers("train"), []
+    plan = [(p, rng.randint(cfg.k_min, cfg.k_max)) for p in rows]
+    plan = [plan[s:s + size] for s in range(0, len(plan), size)]
+    for step in log.steps("collect", len(plan), out=out, generator=generator, rng=rng):
+        prompts = [encode_prompt(enc, p["prompt"]) for p, k in plan[step] for _ in range(k)]
+        answers = iter(respond(policy, enc, prompts, cfg.max_new_tokens, generator))
+        for p, k in plan[step]:
+            mine = [next(answers) for _ in range(k)]
+            texts, ended = [r["text"] for r in mine], [r["ended"] for r in mine]
+            merits = [world.check(p["task"], text, end) for text, end in zip(texts, ended)]
+            one, two = rng.sample(people, 2)
+            c = {"prompt": p["prompt"], "responses": texts, "ranks": world.rank(one, merits, texts, rng),
+                 "labeler": one.name, "ended": ended, "split": p["split"], "use_case": p["use_case"],
+                 "task": p["task"], "gold": [round(world.gold(m), 2) for m in merits]}
+            if p["split"] == "valid":
+                c["second_ranks"] = world.rank(two, merits, texts, rng)
+            out.append(c)
+        ends = [end for c in out[-len(plan[step]):] for end in c["ended"]]
+        log("collect", step + 1, len(plan), prompts=len(out), ended=sum(ends) / len(ends))
     return out
 
 
@@ -727,12 +744,12 @@ def train_reward_model(cfg, enc, model, comparisons, demos, device, log):
     data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
     lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
-    steps, size = cfg.rm_epochs * math.ceil(len(data) / cfg.rm_batch), -(-cfg.micro_batch // cfg.k_max)
-    for step, batch in enumerate(epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator)):
+    plan, size = epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator), -(-cfg.micro_batch // cfg.k_max)
+    for step in log.steps("rm", len(plan), model=reward_model, optimizer=optimizer):
         loss = accumulate(lambda rows: reward_loss(*score_comparisons(          # scores and ranks, (B,K) each
-            reward_model, [data[i] for i in batch[rows]], device)), torch.ones(len(batch)), size)
-        clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, steps))
-        log("rm", step + 1, steps, loss=loss.item())
+            reward_model, [data[i] for i in plan[step][rows]], device)), torch.ones(len(plan[step])), size)
+        clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, len(plan)))
+        log("rm", step + 1, len(plan), loss=loss.item())
     normalise_reward(reward_model, demos, device)
     return freeze(reward_model)
 
@@ -776,7 +793,7 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
     seconds, length = time.time() - start, r.prompt_lens + r.mask.sum(1)        # (B,)
     # 2. Score the whole response at its EOS; one that did not end gets the fixed score.
     scores = by_length(lambda x, m, n: reward_scores(reward_model, x, n - 1), r, length)        # (B,)
-    scores = torch.where(r.ended, scores, cfg.unfinished_score)
+    scores = torch.where(r.ended, finite("a score of the reward model", scores), cfg.unfinished_score)
     # 3. The reference's log-probs, the KL penalty of each token, the score at the last one.
     ref = by_length(lambda x, m, n: token_logprobs(reference, x, cfg.temperature, m), r, length)    # (B,T-1)
     rewards = token_rewards(scores, r.logprobs, ref, r.mask, cfg.beta)          # (B,T-1)
@@ -831,14 +848,15 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
     """RL from the SFT model against the reward model. prompts: list of {"ids", "task"} (the task is for the
     log alone). Returns the EMA of the policy."""
     name = "ppo_ptx" if ptx_coef else "ppo"
-    generator, draw, queue = seed(cfg, name), seed(cfg, name + " rollout", device), []
+    generator, draw = seed(cfg, name), seed(cfg, name + " rollout", device)
     reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
     value_net = copy_of(freeze(reward_model))              # starts as the reward model (3.5)
     optimizers = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
-    for iteration in range(cfg.iterations):
-        while len(queue) < cfg.episodes:                               # every pass in a new order
-            queue += torch.randperm(len(prompts), generator=generator).tolist()
-        batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
+    plan = torch.cat([torch.randperm(len(prompts), generator=generator)            # every pass in a new order
+                      for _ in range(math.ceil(cfg.iterations * cfg.episodes / len(prompts)))])
+    for iteration in log.steps(name, cfg.iterations, policy=policy, value_net=value_net, average=average,
+                               adam=optimizers[0], value_adam=optimizers[1], generator=generator, draw=draw):
+        batch = [prompts[i] for i in plan[iteration * cfg.episodes:][:cfg.episodes]]
         ids, warm = [p["ids"] for p in batch], warmup_factor(iteration, cfg.warmup)
         e, numbers = make_experience(cfg, enc, policy, value_net, reference, reward_model, ids, draw), []
         order = torch.randperm(cfg.episodes, generator=generator).to(device)
@@ -1116,17 +1134,53 @@ LEGEND = """
 class Log:
     """One JSON line a step into log.jsonl; every few seconds a line on the screen, with the time left."""
 
-    def __init__(self, out, enc, world):
-        self.path, self.enc, self.world, self.stage = os.path.join(out, "log.jsonl"), enc, world, None
+    def __init__(self, cfg, enc, world):
+        self.cfg, self.path, self.enc, self.world = cfg, os.path.join(cfg.out, "log.jsonl"), enc, world
+        self.stage, self.settings, self.earlier, self.busy, self.stop = None, {}, 0, False, False
+
+    def steps(self, name, n, **state):
+        """Counts 0..n-1, or on from where a stopped run of this stage got to. `state` is all that changes
+        from step to step: saved every save_every seconds, at the end and at Ctrl-C, and given back here."""
+        path, done, start, self.name = os.path.join(self.cfg.out, name + ".part"), 0, time.time(), name
+        if os.path.exists(path):
+            part = load(path)
+            if part["settings"] != self.settings:
+                raise UserError(f"{path} was begun with {change(part, self.settings)}: go on as it was "
+                                "begun, give another --out, or start over with --fresh")
+            with reading(path):
+                done, start = part["step"], start - part["seconds"]
+                for k, x in state.items():
+                    unpack(x, part["state"][k])
+                torch.set_rng_state(part["rng"])
+            self.earlier += part["seconds"]
+            print(f"{name}: goes on after step {done} of {n}")
+        saved, self.busy = time.time(), True
+        for self.step in range(done, n):
+            yield self.step
+            if self.stop or self.step == n - 1 or time.time() - saved >= self.cfg.save_every:
+                save(path, {"format": FORMAT, "settings": self.settings, "step": self.step + 1, "rng":
+                            torch.get_rng_state(), "seconds": time.time() - start, "state":
+                            {k: pack(x) for k, x in state.items()}})
+                saved = time.time()
+            if self.stop:
+                raise KeyboardInterrupt
+        self.busy = False
+
+    def interrupt(self, *_):
+        """Ctrl-C: the step is finished and saved first; a second one stops at once."""
+        if self.stop or not self.busy:
+            raise KeyboardInterrupt
+        self.stop = True
+        print(f"\nstopping after step {self.step + 1}; Ctrl-C again stops at once", flush=True)
 
     def __call__(self, stage, step, steps, **numbers):
         now = time.time()
         if stage != self.stage:
-            self.stage, self.start, self.shown = stage, now, 0
+            self.stage, self.start, self.shown, self.first = stage, now, 0, step - 1
         with open(self.path, "a") as f:
             f.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
         if now - self.shown > 5 or step == steps:
-            self.shown, left = now, (now - self.start) / step * (steps - step)
+            self.shown, left = now, (now - self.start) / (step - self.first) * (steps - step)
             text = "  ".join(f"{k} {v:{'6.3f' if abs(v) < 100 else '6.0f'}}" for k, v in numbers.items())
             print(f"{stage:8} {step:5}/{steps}  {text}  left {left // 60:.0f}:{left % 60:02.0f}", flush=True)
 
@@ -1247,11 +1301,58 @@ def toyworld(data):
     return sys.modules["toyworld"]
 
 
-def write(path, text):
-    """The whole text or nothing."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
+def save(path, x):
+    """Writes text or a checkpoint aside, onto the disk, then renames: a file is there whole or as it was."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(x.encode()) if isinstance(x, str) else torch.save(x, f)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+@contextmanager
+def reading(path):
+    """Whatever comes up while a damaged or foreign file is decoded becomes one line."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as e:
+        what = (str(e) or type(e).__name__).splitlines()[0][:80]
+        raise UserError(f"{path}: damaged or not a checkpoint of this program ({what}); remove it, and it is "
+                        "made again") from e
+
+
+def load(path, device="cpu"):
+    """A checkpoint of ours; UserError for any other file. It is data: nothing in it is executed."""
+    with reading(path):
+        c = torch.load(path, map_location=device, weights_only=True)
+        if c["format"] != FORMAT or not {"settings", "seconds"} <= set(c):
+            raise UserError(f"{path}: is not a checkpoint of this version; --fresh starts over")
+    return c
+
+
+def pack(x):
+    """The state of a model, an optimizer, a generator or a list, as plain data."""
+    if isinstance(x, random.Random):
+        return x.getstate()
+    return x if isinstance(x, list) else x.get_state() if isinstance(x, torch.Generator) else x.state_dict()
+
+
+def unpack(x, data):
+    """Gives x the state that pack(x) was."""
+    if isinstance(x, random.Random):
+        x.setstate(data)
+    elif isinstance(x, list):
+        x[:] = data
+    else:
+        x.set_state(data) if isinstance(x, torch.Generator) else x.load_state_dict(data)
+
+
+def change(c, settings):
+    """The first setting that a checkpoint was made with another value of, as text; "" if there is none."""
+    return next((f"{k} {c['settings'].get(k)}, now {k} is {v}" for k, v in settings.items()
+                 if c["settings"].get(k) != v), "")
 
 
 class Run:
@@ -1265,7 +1366,10 @@ class Run:
         self.enc = load_encoding(os.path.join(self.data, "vocab.tiktoken"))
         self.world = toyworld(self.data)
         os.makedirs(cfg.out, exist_ok=True)
-        self.log = Log(cfg.out, self.enc, self.world)
+        self.log = Log(cfg, self.enc, self.world)
+        for file in os.listdir(cfg.out) if fresh else []:
+            if file.endswith(".part"):
+                os.remove(self.path(file))
 
     def path(self, name, folder=None):
         return os.path.join(folder or self.cfg.out, name)
@@ -1306,24 +1410,20 @@ class Run:
             path = self.path(name + ".pt", folder)
             if not os.path.exists(path):
                 continue
-            c = torch.load(path, map_location=self.device, weights_only=True)
-            if c.get("format") != FORMAT:
-                raise UserError(f"{path}: is not a checkpoint of this version; --fresh starts over")
-            changed = [(k, c["settings"].get(k), v) for k, v in self.settings(name).items()
-                       if c["settings"].get(k) != v]
-            if changed and folder == self.cfg.out:
-                k, was, now = changed[0]
+            c, settings = load(path, self.device), self.settings(name)
+            if change(c, settings) and folder == self.cfg.out:
                 redo = ", ".join(STAGES[STAGES.index(STAGE_OF[name]):])
-                raise UserError(f"{path} was made with {k} {was}, now {k} is {now}, so {redo} must be done "
-                                f"again: add --from {folder} --out NEW to keep both, or --fresh to start "
-                                f"over in {folder}")
-            if changed:
-                print(f"{name}: not taken from {folder}, where {changed[0][0]} is {changed[0][1]}")
+                raise UserError(f"{path} was made with {change(c, settings)}, so {redo} must be done again: "
+                                f"add --from {folder} --out NEW to keep both, or --fresh to start over in "
+                                f"{folder}")
+            if change(c, settings):
+                print(f"{name}: not taken from {folder}, made with {change(c, settings)}")
                 continue
             if folder == self.source:
                 print(f"{name}: taken from {folder}")
-                for file in [name + ".pt"] + ["comparisons.jsonl"] * (name == "rm"):
-                    shutil.copyfile(self.path(file, folder), self.path(file))
+                for file in ["comparisons.jsonl"] * (name == "rm") + [name + ".pt"]:
+                    shutil.copyfile(self.path(file, folder), self.path(file + ".tmp"))
+                    os.replace(self.path(file + ".tmp"), self.path(file))
             return c
         return None
 
@@ -1331,22 +1431,24 @@ class Run:
         """The model of this name, trained if it is not there yet."""
         if name not in self.models:
             c = self.finished(name) or self.train(name)
-            self.models[name] = GPT(GPTConfig(**c["config"]), head=c["head"]).to(self.device)
-            self.models[name].load_state_dict(c["weights"])
-            self.seconds.update(c["seconds"])
+            with reading(self.path(name + ".pt")):
+                self.models[name] = GPT(GPTConfig(**c["config"]), head=c["head"]).to(self.device)
+                self.models[name].load_state_dict(c["weights"])
+                self.seconds.update(c["seconds"])
         return freeze(self.models[name])
 
     def train(self, name):
         """Trains the model and what it needs, writes its checkpoint, returns it."""
         needs = {"pretrain": [], "sft": ["pretrain"], "rm": ["sft"]}.get(name, ["sft", "rm"])
         before, start, seconds = [self.model(n) for n in needs], time.time(), {}
+        self.log.settings, self.log.earlier = self.settings(name), 0
         if name == "pretrain":
             model = pretrain(self.cfg, self.enc, self.corpus(), self.device, self.log)
         elif name == "sft":
             model = sft(self.cfg, self.enc, *before, self.demos(), self.corpus(), self.device, self.log)
         elif name == "rm":
             comparisons = self.collect(*before)
-            seconds["collect"] = time.time() - start
+            seconds["collect"] = time.time() - start + self.log.earlier
             model = train_reward_model(self.cfg, self.enc, *before, comparisons, self.demos(), self.device,
                                        self.log)
         else:
@@ -1354,25 +1456,28 @@ class Run:
                        for p in self.rows("ppo_train.jsonl", "task")]
             coef = self.cfg.ptx_coef if name == "ppo_ptx" else 0.0
             model = ppo(self.cfg, self.enc, *before, prompts, self.corpus(), coef, self.device, self.log)
-        seconds[name] = time.time() - start - sum(seconds.values())
+        seconds[name] = time.time() - start + self.log.earlier - sum(seconds.values())
         c = {"format": FORMAT, "settings": self.settings(name), "config": asdict(model.config),
              "seconds": seconds, "head": "scalar" if model.head else "lm", "weights": model.state_dict()}
-        torch.save(c, self.path(name + ".tmp"))
-        os.replace(self.path(name + ".tmp"), self.path(name + ".pt"))  # never a half-written checkpoint
+        save(self.path(name + ".pt"), c)
+        for part in (self.path(n + ".part") for n in [name] + ["collect"] * (name == "rm")):
+            if os.path.exists(part):
+                os.remove(part)
         print(f"{name}: {seconds[name]:.0f} s, at most {peak_memory(self.device) / 1e9:.2f} GB of memory, "
               f"written to {self.path(name + '.pt')}\n", flush=True)
         return c
 
     def collect(self, model):
         """Comparisons for the training prompts and, a tenth as many, for the validation prompts."""
-        rng, generator, out = random.Random(self.cfg.seed), seed(self.cfg, "collect", self.device), []
-        for split, n in (("train", self.cfg.rm_prompts), ("valid", max(10, self.cfg.rm_prompts // 10))):
-            rows = self.rows(f"rm_{split}.jsonl", "task", "use_case")[:n]
-            out += collect(self.cfg, self.enc, model, rows, split, self.world, generator, rng, self.log)
-        write(self.path("comparisons.jsonl"), "".join(json.dumps(c) + "\n" for c in out))
+        rows = [{**p, "split": split} for split, n in (("train", self.cfg.rm_prompts),
+                                                       ("valid", max(10, self.cfg.rm_prompts // 10)))
+                for p in self.rows(f"rm_{split}.jsonl", "task", "use_case")[:n]]
+        out = collect(self.cfg, self.enc, model, rows, self.world, seed(self.cfg, "collect", self.device),
+                      random.Random(self.cfg.seed), self.log)
+        save(self.path("comparisons.jsonl"), "".join(json.dumps(c) + "\n" for c in out))
         return [c for c in out if c["split"] == "train"]
 
-    def evaluate(self, start):
+    def evaluate(self):
         """Writes results.json, samples.txt and picture.svg, prints samples and table."""
         cfg, begun, reward_model = self.cfg, time.time(), self.model("rm")
         there = [k for k, n in MODELS.items() if n in ("pretrain", "sft", *self.models) or self.finished(n)]
@@ -1389,13 +1494,14 @@ class Run:
             self.log("evaluate", len(results), len(models))
         held_out = [c for c in read_jsonl(self.path("comparisons.jsonl"), "split") if c["split"] == "valid"]
         rm = judge_reward_model(self.enc, reward_model, held_out, cfg.max_new_tokens, self.device)
-        seconds = {**self.seconds, "evaluate": time.time() - begun, "total": time.time() - start}
+        seconds = {**self.seconds, "evaluate": time.time() - begun}
+        seconds["total"] = sum(seconds.values())
         history = [h for h in read_jsonl(self.log.path, "stage") if h["stage"] in ("ppo", "ppo_ptx")]
         history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated run the last
         shown = samples(tests, answers)
-        write(self.path("samples.txt"), shown.strip() + "\n")
-        write(self.path("picture.svg"), picture(results, history))
-        write(self.path("results.json"), json.dumps({
+        save(self.path("samples.txt"), shown.strip() + "\n")
+        save(self.path("picture.svg"), picture(results, history))
+        save(self.path("results.json"), json.dumps({
             "config": asdict(cfg), "seconds": {k: round(v, 1) for k, v in seconds.items()},
             "reward_model": rm, "models": results}, indent=1) + "\n")
         print(f"{shown}\n\n{table(results)}\n\nReward model on held-out comparisons: right on "
@@ -1474,6 +1580,7 @@ def check(cfg):
         ("temperature", cfg.temperature > 0, "must be above 0"),
         ("beta", cfg.beta >= 0, "must not be negative"),
         ("warmup", cfg.warmup >= 0, "must not be negative"),
+        ("save_every", cfg.save_every >= 0, "must not be negative"),
         ("micro_batch", cfg.micro_batch >= 0, "must not be negative"),
         ("dtype", cfg.dtype in ("float32", "bfloat16"), "must be float32 or bfloat16"),
         ("ptx_coef", cfg.ptx_coef >= 0, "must not be negative"),
@@ -1490,20 +1597,37 @@ def check(cfg):
 
 
 def main(argv=None):
-    start = time.time()
+    run, before = None, signal.getsignal(signal.SIGINT)
     try:
         stage, cfg, source, fresh, given = parse(argv)
         torch.set_flush_denormal(True)           # peaked softmaxes are full of denormals, slow on a CPU
         run = Run(cfg, source, fresh)
+        signal.signal(signal.SIGINT, run.log.interrupt)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
         with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             for name in {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage]):
                 run.model(name)
             if stage in ("all", "evaluate"):
-                run.evaluate(start)
+                run.evaluate()
     except UserError as e:
         print(f"instructgpt.py: {e}", file=sys.stderr)
         return 2
+    except OSError as e:                         # a full disk, a folder that may not be written
+        kept = f"; the checkpoints in {cfg.out} are whole, the same command goes on from them" if run else ""
+        print(f"instructgpt.py: {e}{kept}", file=sys.stderr)
+        return 2
+    except NotFinite as e:
+        part = os.path.join(cfg.out, run.log.name + ".part")
+        good = f"the last good state is {part}" if os.path.exists(part) else "it had not been saved yet"
+        print(f"instructgpt.py: {run.log.name}, step {run.log.step + 1}: {e}; {good}; lower this stage's "
+              "learning rate and start it over (--fresh, or --from)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        at = f" after {run.log.name}, step {run.log.step + run.log.stop}" if run and run.log.busy else ""
+        print(f"stopped{at}; the same command goes on from the last save", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0
 
 

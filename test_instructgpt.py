@@ -1205,6 +1205,9 @@ class Quiet:
     def __call__(self, stage, step, steps, **numbers):
         self.lines.append((stage, step, numbers))
 
+    def steps(self, stage, n, **state):
+        return range(n)
+
     def episodes(self, cfg, name, iteration, e, tasks, numbers):
         self.iterations.append((e, numbers))
 
