@@ -1137,6 +1137,10 @@ class Log:
     def __init__(self, cfg, enc, world):
         self.cfg, self.path, self.enc, self.world = cfg, os.path.join(cfg.out, "log.jsonl"), enc, world
         self.stage, self.settings, self.earlier, self.busy, self.stop = None, {}, 0, False, False
+        self.warned = set()
+        if os.path.exists(self.path):            # a run that was killed may have left half a line
+            with open(self.path, "rb+") as f:
+                f.truncate(f.read().rfind(b"\n") + 1)
 
     def steps(self, name, n, **state):
         """Counts 0..n-1, or on from where a stopped run of this stage got to. `state` is all that changes
@@ -1196,13 +1200,21 @@ class Log:
                   f"{LEGEND}\nfirst minibatch: max |log-prob - rollout log-prob| = "
                   f"{numbers[0]['change']:.1e} (must be rounding)")
             self.ledger(cfg, e)
-        self(name, iteration + 1, cfg.iterations, score=e["scores"].mean().item(), gold=mean(golds),
-             k1=a_row(kl_k1(e["logprobs"], e["ref_logprobs"])),
-             k3=a_row(kl_k3(e["logprobs"], e["ref_logprobs"])),
-             **{k: mean([x[k] for x in numbers]) for k in ("clip", "|ppo|", "|ptx|", "vloss")},
-             ev=(1 - variance(e["returns"] - e["values"]) / variance(e["returns"])).item(),
-             entropy=-masked_mean(e["logprobs"], mask).item(), length=mask.sum().item() / n,
-             ended=e["ended"].float().mean().item(), **{"tok/s": e["tokens_per_second"]})
+        line = {"score": e["scores"].mean().item(), "gold": mean(golds),
+                "k1": a_row(kl_k1(e["logprobs"], e["ref_logprobs"])),
+                "k3": a_row(kl_k3(e["logprobs"], e["ref_logprobs"])),
+                **{k: mean([x[k] for x in numbers]) for k in ("clip", "|ppo|", "|ptx|", "vloss")},
+                "ev": (1 - variance(e["returns"] - e["values"]) / variance(e["returns"])).item(),
+                "entropy": -masked_mean(e["logprobs"], mask).item(), "length": mask.sum().item() / n,
+                "ended": e["ended"].float().mean().item(), "tok/s": e["tokens_per_second"]}
+        self(name, iteration + 1, cfg.iterations, **line)
+        for bad, text in ((line["k3"] > 10, "the KL explodes: raise --beta or lower --policy_lr"),
+                          (line["clip"] > 0.5, "most ratios are clipped: lower --policy_lr"),
+                          (line["ended"] < 0.05, "hardly an answer ends: raise --max_new_tokens or lower "
+                                                 "--ptx_coef or --unfinished_score")):
+            if bad and (name, text) not in self.warned:
+                self.warned.add((name, text))
+                print(f"{name}, iteration {iteration + 1}: {text}", flush=True)
 
     def text(self, ids):
         return self.enc.decode([i for i in ids.tolist() if i != self.enc.eot_token]).removeprefix(" ")
@@ -1302,12 +1314,19 @@ def toyworld(data):
 
 
 def save(path, x):
-    """Writes text or a checkpoint aside, onto the disk, then renames: a file is there whole or as it was."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(x.encode()) if isinstance(x, str) else torch.save(x, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    """Writes text or a checkpoint aside, onto the disk, then renames: a file is there whole or as it was.
+    UserError if it cannot be written."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(x.encode()) if isinstance(x, str) else torch.save(x, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:         # torch.save covers a full disk with a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise UserError(f"{path}: cannot be written ({e.__context__ or e}); the checkpoints there are whole: make "
+                        "room, then the same command goes on") from e
 
 
 @contextmanager
@@ -1315,7 +1334,7 @@ def reading(path):
     """Whatever comes up while a damaged or foreign file is decoded becomes one line."""
     try:
         yield
-    except (OSError, UserError):
+    except UserError:
         raise
     except Exception as e:
         what = (str(e) or type(e).__name__).splitlines()[0][:80]
@@ -1325,8 +1344,8 @@ def reading(path):
 
 def load(path, device="cpu"):
     """A checkpoint of ours; UserError for any other file. It is data: nothing in it is executed."""
-    with reading(path):
-        c = torch.load(path, map_location=device, weights_only=True)
+    with open(path, "rb") as f, reading(path):
+        c = torch.load(f, map_location=device, weights_only=True)
         if c["format"] != FORMAT or not {"settings", "seconds"} <= set(c):
             raise UserError(f"{path}: is not a checkpoint of this version; --fresh starts over")
     return c

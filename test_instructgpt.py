@@ -15,13 +15,17 @@ import io
 import json
 import math
 import os
+import pickle
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from base64 import b64decode
 from collections import Counter
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -1495,3 +1499,273 @@ def test_data_card_counts_are_the_files(sets):
             if count:
                 key = name.split("`")[1].replace("*", split).removesuffix(".jsonl")
                 assert len(sets[key]) == int(count.replace(",", "")), key
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Killed, interrupted, broken: nothing is lost, nothing lies
+
+TINY = ("--smoke --device cpu --n_embd 32 --pretrain_steps 40 --pretrain_batch 8 --rm_prompts 80 --iterations 5 "
+        "--episodes 16 --minibatches 2 --test_prompts 30 --sft_dropout 0.1 --save_every 0").split()
+
+
+@contextlib.contextmanager
+def running(out, *words):
+    """The command, on its way; what it says on stderr goes to OUT.err."""
+    script, one_thread = os.path.join(HERE, "instructgpt.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(f"{out}.err", "w") as err, subprocess.Popen(
+            [sys.executable, script, *map(str, words), "--out", out], stdout=subprocess.DEVNULL, stderr=err,
+            env=one_thread) as process:
+        yield process
+
+
+def until_it_logs(process, out):
+    """Waits until the process has written to its log, or has ended; the stage that it is in."""
+    log = out / "log.jsonl"
+    size = lambda: log.stat().st_size if log.exists() else 0
+    before = size()
+    while size() == before and process.poll() is None:
+        time.sleep(0.002)
+    return json.loads(log.read_text().rsplit("\n", 2)[-2])["stage"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = command(*TINY, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def assert_same_run(a, b):
+    one, two = (json.loads((out / "results.json").read_text()) for out in (a, b))
+    for r in (one, two):
+        r.pop("seconds"), r["config"].pop("out"), r["config"].pop("device")
+    assert one == two
+    assert (a / "comparisons.jsonl").read_bytes() == (b / "comparisons.jsonl").read_bytes()
+    for name in ("pretrain", "sft", "rm", "ppo", "ppo_ptx"):
+        x, y = (ig.load(str(out / f"{name}.pt"))["weights"] for out in (a, b))
+        assert all(torch.equal(x[k], y[k]) for k in x), name
+    assert not list(b.glob("*.part"))
+
+
+def test_run_killed_again_and_again_ends_like_one_that_was_not(whole, tmp_path):
+    out, rng, kills = tmp_path / "out", random.Random(0), Counter()
+    for stage in 2 * ["pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate"]:
+        with running(out, *TINY) as process:
+            while until_it_logs(process, out) != stage and process.poll() is None and not kills[stage]:
+                pass                                                   # the second time: wherever it is by then
+            time.sleep(rng.uniform(0, 0.3))
+            process.kill()
+        assert process.returncode in (0, -signal.SIGKILL), open_lines(tmp_path / "out.err")
+        kills[until_it_logs(process, out)] += process.returncode != 0
+    assert sum(kills.values()) >= 10 and len(kills) >= 6, kills
+    assert command(*TINY, "--out", out).returncode == 0
+    assert_same_run(whole, out)
+
+
+def test_same_command_twice_gives_the_same_numbers_and_fresh_starts_over(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    os.remove(out / "ppo.pt")
+    assert command(*TINY, "--out", out, "--fresh").returncode == 0
+    assert_same_run(whole, out)
+
+
+def test_interrupt_saves_says_where_and_goes_on(whole, tmp_path):
+    out = tmp_path / "out"
+    with running(out, "pretrain", *TINY, "--save_every", 1e9) as process:          # only Ctrl-C saves
+        until_it_logs(process, out)
+        process.send_signal(signal.SIGINT)
+    step, said = ig.load(str(out / "pretrain.part"))["step"], (tmp_path / "out.err").read_text()
+    assert process.returncode == 130 and 10 <= step < 40 and f"stopped after pretrain, step {step}" in said
+    again = command("pretrain", *TINY, "--out", out)
+    assert again.returncode == 0 and f"pretrain: goes on after step {step} of 40" in again.stdout
+    x, y = (ig.load(str(o / "pretrain.pt"))["weights"] for o in (out, whole))
+    assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_begun_stage_of_other_settings_is_refused(whole, tmp_path):
+    out = tmp_path / "out"
+    with running(out, "pretrain", *TINY) as process:
+        until_it_logs(process, out)
+        process.kill()
+    done = command("pretrain", *TINY, "--pretrain_lr", 0.5, "--out", out)
+    assert done.returncode == 2 and "pretrain_lr 0.002, now pretrain_lr is 0.5" in done.stderr
+    assert command("pretrain", *TINY, "--pretrain_lr", 0.5, "--out", out, "--fresh").returncode == 0
+
+
+def one_line(done, *told, code=2):
+    assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+    assert all(x in done.stderr for x in told), done.stderr
+
+
+def test_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, tmp_path):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(whole / "pretrain.pt", out)
+    before, limit = (out / "pretrain.pt").read_bytes(), 20_000        # no file may grow beyond it
+    script = os.path.join(HERE, "instructgpt.py")
+    done = subprocess.run([sys.executable, script, "sft", *TINY, "--out", out], text=True, capture_output=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    one_line(done, "too large", "sft.part", "whole")
+    assert (out / "pretrain.pt").read_bytes() == before and not list(out.glob("sft*"))
+    assert command("sft", *TINY, "--out", out).returncode == 0
+
+
+def test_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    one_line(command(*TINY, "--out", tmp_path / "file" / "out"), "file")
+    one_line(command(*TINY, "--out", tmp_path / "file"), "file")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["pretrain.pt", "sft.part"])
+def test_foreign_checkpoints_are_one_line_and_never_executed(whole, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good, path = (whole / "pretrain.pt").read_bytes(), tmp_path / name
+    torch.save(Evil(), tmp_path / "evil"), torch.save({"format": 1}, tmp_path / "bare")
+    torch.save([1, 2], tmp_path / "list"), torch.save({"format": 99, "settings": {}}, tmp_path / "new")
+    foreign = {"pickle": pickle.dumps(Evil()), "text": b"hello", "empty": b"", "zip": b"PK\3\4" + b"x" * 99,
+               **{x: (tmp_path / x).read_bytes() for x in ("evil", "bare", "list", "new")},
+               **{f"first {n}": good[:n] for n in (1, 100, 5000, len(good) // 2, len(good) - 1)}}
+    for what, data in foreign.items():
+        path.write_bytes(data)
+        with pytest.raises(ig.UserError) as e:
+            ig.load(str(path))
+        assert str(path) in str(e.value) and "\n" not in str(e.value), what
+        assert ("version" if what in ("bare", "new") else "remove it") in str(e.value), what
+    assert not os.path.exists("executed")
+
+
+def test_foreign_checkpoint_in_a_run(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    c = ig.load(str(out / "sft.pt"))
+    for broken in ({**c, "weights": {"x": torch.zeros(1)}}, {**c, "config": {"n_layer": 1}},
+                   {k: v for k, v in c.items() if k != "head"}):
+        torch.save(broken, out / "sft.pt")
+        one_line(command("sft", *TINY, "--out", out), "sft.pt", "remove it")
+    torch.save({**c, "state": {"model": 1}, "step": 1, "rng": 0}, out / "sft.part")
+    os.remove(out / "sft.pt")
+    one_line(command("sft", *TINY, "--out", out), "sft.part", "remove it")
+    os.remove(out / "sft.part")
+    assert command("sft", *TINY, "--out", out).returncode == 0
+
+
+def test_cut_line_of_the_log_does_not_stop_a_run(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"stage": "ppo", "ste')
+    assert command("evaluate", *TINY, "--out", out).returncode == 0
+    assert_same_run(whole, out)
+
+
+# Numbers that go wrong
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
+    done = command("pretrain", *TINY, "--pretrain_lr", 1e38, "--out", tmp_path / "out")
+    one_line(done, "pretrain, step", "became", "pretrain.part", "learning rate", code=1)
+    step = int(done.stderr.split("step ")[1].split(":")[0])
+    part = ig.load(str(tmp_path / "out" / "pretrain.part"))
+    assert part["step"] == step - 1 and not (tmp_path / "out" / "pretrain.pt").exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite_losses_gradients_and_scores_are_named(bad, enc, sets):
+    model = tiny()
+    optimizer, before = ig.adamw(model, 0.1), weights(model)
+    with pytest.raises(ig.NotFinite, match="the loss became"):
+        ig.accumulate(lambda i: weights(model).sum() * 0 + bad, torch.ones(1))
+    ig.lm_loss(model, torch.arange(6)[None]).backward()
+    model.h[1].mlp.c_fc.weight.grad[2, 3] = bad
+    with pytest.raises(ig.NotFinite, match="gradient"):
+        ig.clip_and_step(model, optimizer, 0.1)
+    assert torch.equal(weights(model), before)                         # no step was made
+    policy, reward_model = small_models(enc)
+    with torch.no_grad():
+        reward_model.head.bias.fill_(bad)
+    with pytest.raises(ig.NotFinite, match="a score of the reward model became"):
+        prompts = [p["ids"] for p in small_prompts(enc, sets, 16)]
+        ig.make_experience(ig.Config(**SMALL), enc, policy, reward_model, policy, reward_model, prompts,
+                           seeded(1))
+
+
+def test_log_says_which_knob_to_turn_once(enc, sets, small_corpus, tmp_path, capsys):
+    cfg = ig.Config(**SMALL, out=str(tmp_path), policy_lr=3.0, warmup=0)
+    policy, reward_model = small_models(enc)
+    log = ig.Log(replace(cfg, iterations=6), enc, tw)
+    ig.ppo(replace(cfg, iterations=6), enc, policy, reward_model, small_prompts(enc, sets), small_corpus, 0.0,
+           torch.device("cpu"), log)
+    text = capsys.readouterr().out
+    assert text.count("--policy_lr") in (1, 2) and text.count("--max_new_tokens") == 1
+
+
+# Edge shapes
+
+
+def test_edge_vocabulary_of_gpt2():
+    torch.manual_seed(0)
+    model = ig.GPT(ig.GPTConfig(50257, 32, 1, 2, 16, gelu="tanh"))
+    r = ig.rollout(model, [[50256], [1, 50000]], 8, 50256, 1.0, seeded(0))
+    assert r.tokens.max() > 511 and r.tokens.max() < 50257
+    close(ig.token_logprobs(model, r.tokens)[r.mask], r.logprobs[r.mask], atol=1e-4, rtol=1e-5)
+
+
+def test_edge_comparisons_of_2_and_of_9_in_one_batch(enc):
+    _, reward_model = small_models(enc)
+    words = ["moo", "woof", "quack", "meow", "yes", "no", "red", "blue", "green"]
+    c = lambda k: {"prompt": "What does a cow say?", "responses": [f"{w}." for w in words[:k]],
+                   "ranks": list(range(1, k + 1)), "ended": [True] * k}
+    mixed = [ig.encode_comparison(enc, c(k), 8) for k in (2, 9)]
+    loss = ig.reward_loss(*ig.score_comparisons(reward_model, mixed, "cpu"))
+    alone = [ig.reward_loss(*ig.score_comparisons(reward_model, [x], "cpu")) for x in mixed]
+    close(loss, sum(alone) / 2)
+
+
+def test_edge_batch_of_one_episode_prompt_and_response_of_one_token(enc):
+    policy, reward_model = small_models(enc)
+    cfg = ig.Config(**{**SMALL, "max_new_tokens": 1, "episodes": 1, "minibatches": 1})
+    actor, critic = ig.copy_of(policy), ig.copy_of(reward_model)
+    e = ig.make_experience(cfg, enc, policy, critic, policy, reward_model, [[5]], seeded(0))
+    got = ig.update(cfg, actor, critic, (ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)), e, torch.arange(1), 0.0,
+                    None, 1.0)
+    assert e["tokens"].shape == (1, 2) and e["advantages"].tolist() == [[0.0]]     # whitened: nothing to learn
+    assert all(math.isfinite(v) for v in got.values())
+
+
+@pytest.mark.parametrize("eos", ["at once", "never"])
+def test_edge_everybody_ends_at_once_or_nobody_does(enc, eos):
+    policy, reward_model = small_models(enc)
+    with torch.no_grad():                        # the tied head answers with the row of largest norm
+        policy.wte.weight.zero_()
+        policy.ln_f.bias.fill_(1.0)
+        policy.wte.weight[7 if eos == "never" else enc.eot_token] = 9.0
+    prompts, cfg = [[1, 2, 3], [4], [5] * 42], ig.Config(**SMALL)
+    e = ig.make_experience(cfg, enc, policy, reward_model, policy, reward_model, prompts, seeded(0))
+    assert e["ended"].all() == (eos != "never") and e["mask"].sum(1).tolist() == ([6] * 3 if eos == "never"
+                                                                                  else [1] * 3)
+    assert e["tokens"].shape[1] == 48                                  # longest prompt + response = block
+    assert all(x.isfinite().all() for x in e.values() if isinstance(x, torch.Tensor))
+    if eos == "never":
+        assert (e["scores"] == cfg.unfinished_score).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_edge_threads_do_not_change_the_formulas(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            assert_is_slow_rollout(tiny(), PROMPTS, 12, EOS, 1.0, seed=1)
+        x = normal(64, 512, 64)
+        close(F.log_softmax(x, -1).sum(), F.log_softmax(x.double(), -1).sum().float(), rtol=1e-4, atol=0)
+    finally:
+        torch.set_num_threads(before)
