@@ -1325,8 +1325,8 @@ def save(path, x):
     except (OSError, RuntimeError) as e:         # torch.save covers a full disk with a RuntimeError
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise UserError(f"{path}: cannot be written ({e.__context__ or e}); the checkpoints there are whole: make "
-                        "room, then the same command goes on") from e
+        raise UserError(f"{path}: cannot be written ({e.__context__ or e}); the checkpoints there are whole: "
+                        "make room, then the same command goes on") from e
 
 
 @contextmanager
@@ -1532,14 +1532,14 @@ class Run:
 
 def find_device(name, dtype="float32"):
     """The torch device of this name; without one the best there is. UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [k for k, v in there.items() if v]
-    if name and name.split(":")[0] not in there:
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
+    if name not in there:
         raise UserError(f"--device {name}: not there; this machine has {', '.join(there)}")
-    native = there[0] == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" and not (native and (name or "cuda").startswith("cuda")):
+    if dtype == "bfloat16" and not ("cuda" in name and torch.cuda.is_bf16_supported(including_emulation=False)):
         raise UserError(f"--dtype {dtype}: only on a CUDA GPU that has it (Ampere or newer); use float32")
-    return torch.device(name or there[0])
+    return torch.device(name)
 
 
 def peak_memory(device):
@@ -1588,31 +1588,21 @@ def parse(argv):
 
 def check(cfg):
     """UserError, by name and with the allowed range, for a setting that cannot work."""
-    positive = [f.name for f in fields(cfg)
-                if type(f.default) is int and f.name not in ("seed", "warmup", "micro_batch")]
-    rules = [(name, getattr(cfg, name) >= 1, "must be at least 1") for name in positive] + [
-        ("n_embd", cfg.n_embd % max(1, cfg.n_head) == 0, f"must be a multiple of n_head, {cfg.n_head}"),
-        ("block_size", cfg.block_size >= 48, "must be at least 48, for the probes of the evaluation"),
-        ("max_new_tokens", cfg.max_new_tokens <= cfg.block_size - 33,
-         f"must be at most block_size - 33, {cfg.block_size - 33}"),
-        ("k_min", 2 <= cfg.k_min <= cfg.k_max, f"must lie between 2 and k_max, {cfg.k_max}"),
-        ("temperature", cfg.temperature > 0, "must be above 0"),
-        ("beta", cfg.beta >= 0, "must not be negative"),
-        ("warmup", cfg.warmup >= 0, "must not be negative"),
-        ("save_every", cfg.save_every >= 0, "must not be negative"),
-        ("micro_batch", cfg.micro_batch >= 0, "must not be negative"),
-        ("dtype", cfg.dtype in ("float32", "bfloat16"), "must be float32 or bfloat16"),
-        ("ptx_coef", cfg.ptx_coef >= 0, "must not be negative"),
-        ("sft_mix", 0 <= cfg.sft_mix < 1, "must lie in 0 to 1, without 1"),
-        ("sft_dropout", 0 <= cfg.sft_dropout < 1, "must lie in 0 to 1, without 1"),
-        ("episodes", cfg.episodes >= cfg.minibatches, f"must be at least minibatches, {cfg.minibatches}"),
-        ("judges", cfg.judges <= 20, "must be at most 20, the number of held-out labelers")]
-    rules += [(name, getattr(cfg, name) > 0, "must be above 0") for name in
-              ("pretrain_lr", "sft_lr", "rm_lr", "policy_lr", "value_lr", "cliprange", "value_clip")]
-    rules += [(name, 0 <= getattr(cfg, name) <= 1, "must lie in 0 to 1") for name in ("lam", "ema")]
-    for name, fine, text in rules:
-        if not fine:
-            raise UserError(f"--{name} {getattr(cfg, name)}: {text}")
+    low = {f.name: int(type(f.default) is int) for f in fields(cfg) if type(f.default) is not str}
+    low |= {"seed": 0, "warmup": 0, "micro_batch": 0, "k_min": 2, "block_size": 48, "unfinished_score": -1e9}
+    high = {"seed": 2 ** 32, "lam": 1, "ema": 1, "sft_mix": 0.99, "sft_dropout": 0.99, "judges": 20,
+            "k_min": cfg.k_max, "minibatches": cfg.episodes, "max_new_tokens": cfg.block_size - 33}
+    positive = ("pretrain_lr sft_lr rm_lr policy_lr value_lr cliprange value_clip temperature").split()
+    for name, least in low.items():
+        value, most = getattr(cfg, name), high.get(name, 10 ** 9)
+        if not least <= value <= most:           # NaN is refused here too
+            raise UserError(f"--{name} {value}: must lie in {least} to {most}")
+        if name in positive and value == 0:
+            raise UserError(f"--{name} {value}: must be above 0")
+    if cfg.n_embd % cfg.n_head:
+        raise UserError(f"--n_embd {cfg.n_embd}: must be a multiple of n_head, {cfg.n_head}")
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {cfg.dtype}: must be float32 or bfloat16")
 
 
 def main(argv=None):

@@ -1456,9 +1456,13 @@ def test_changed_setting_is_refused_by_name_and_from_reuses_the_rest(smoke, tmp_
     (["--bta", "1"], "--bta"), (["--beta", "x"], "--beta"), (["--beta", "-1"], "beta"), (["dpo"], "dpo"),
     (["--k_min", "1"], "k_min"), (["--temperature", "0"], "temperature"), (["--device", "tpu"], "tpu"),
     (["--n_embd", "30", "--n_head", "4"], "n_embd"), (["--max_new_tokens", "64"], "max_new_tokens"),
-    (["--data", "nowhere"], "nowhere"), (["--from", "nowhere"], "nowhere"), (["--episodes", "4"], "episodes"),
+    (["--data", "nowhere"], "nowhere"), (["--from", "nowhere"], "nowhere"), (["--episodes", "4"], "--minibatches 8: must lie in 1 to 4"),
     (["--iterations", "0"], "iterations"), (["--warmup", "-1"], "warmup"), (["--ptx_rows", "0"], "ptx_rows"),
-    (["--sft_lr", "0"], "sft_lr"), (["--ema", "2"], "ema"), (["--block_size", "20"], "block_size")])
+    (["--sft_lr", "0"], "sft_lr"), (["--beta", "nan"], "beta"), (["--rm_lr", "inf"], "rm_lr"),
+    (["--beta", "-0.1"], "--beta -0.1: must lie in 0 to"), (["--seed", "-1"], "seed"), (["--k_max", "3"], "k_min"),
+    (["--device", "cuda:99"], "cuda:99"), (["--device", "cpu:x"], "cpu:x"), (["--micro_batch", "-1"], "micro_b"),
+    (["--dtype", "float16"], "dtype"), (["--device", "cpu", "--dtype", "bfloat16"], "only on a CUDA GPU"),
+    (["--temperature", "-1"], "temperature"), (["--save_every", "-1"], "save_every"), (["--ema", "2"], "ema"), (["--block_size", "20"], "block_size")])
 def test_wrong_flags_get_one_line_and_exit_code_2(words, told, capsys, tmp_path):
     assert ig.main([*words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
