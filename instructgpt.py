@@ -616,9 +616,12 @@ def accumulate(loss, weights, size=0):
 
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that are there, clipped at norm 1."""
-    if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+    try:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+    except RuntimeError:
         for name, p in model.named_parameters():
             finite(f"the gradient of {name}", p.grad)
+        raise
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1537,7 +1540,7 @@ def find_device(name, dtype="float32"):
     name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
     if name not in there:
         raise UserError(f"--device {name}: not there; this machine has {', '.join(there)}")
-    if dtype == "bfloat16" and not ("cuda" in name and torch.cuda.is_bf16_supported(including_emulation=False)):
+    if dtype == "bfloat16" and not ("cuda" in name and torch.cuda.is_bf16_supported(False)):
         raise UserError(f"--dtype {dtype}: only on a CUDA GPU that has it (Ampere or newer); use float32")
     return torch.device(name)
 
