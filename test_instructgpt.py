@@ -1675,7 +1675,7 @@ def test_cut_line_of_the_log_does_not_stop_a_run(whole, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
-    done = command("pretrain", *TINY, "--pretrain_lr", 1e38, "--out", tmp_path / "out")
+    done = command("pretrain", *TINY, "--pretrain_lr", 1e9, "--out", tmp_path / "out")
     one_line(done, "pretrain, step", "became", "pretrain.part", "learning rate", code=1)
     step = int(done.stderr.split("step ")[1].split(":")[0])
     part = ig.load(str(tmp_path / "out" / "pretrain.part"))
