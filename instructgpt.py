@@ -1545,6 +1545,12 @@ def find_device(name, dtype="float32"):
     return torch.device(name)
 
 
+def precision(device, dtype):
+    """Matrix products in bfloat16, if asked for; weights, sums and losses stay float32. Autocast's cache must be
+    off: it would keep the first weights' copies as long as this context lasts, the whole run."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
+
+
 def peak_memory(device):
     """The most bytes held so far: by tensors on a GPU, else by the process (Windows does not tell: 0)."""
     if device.type == "cuda":
@@ -1616,7 +1622,7 @@ def main(argv=None):
         run = Run(cfg, source, fresh)
         signal.signal(signal.SIGINT, run.log.interrupt)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        with precision(run.device, cfg.dtype):
             for name in {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage]):
                 run.model(name)
             if stage in ("all", "evaluate"):

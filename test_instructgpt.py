@@ -568,6 +568,18 @@ def test_bfloat16_rollout_samples_from_a_copy_that_follows_the_weights():
     assert set(model.state_dict()) == set(tiny().state_dict())         # the copy is not part of the checkpoint
 
 
+def test_bfloat16_training_sees_the_weights_of_each_step():
+    model, tokens, losses = tiny().requires_grad_(True), torch.randint(V, (4, 12), generator=seeded(0)), []
+    with ig.precision(torch.device("cpu"), "bfloat16"):
+        for step in range(3):
+            ig.accumulate(lambda i: ig.lm_loss(model, tokens[i]), torch.ones(4))
+            twin = ig.copy_of(model)                                   # a new model has nothing cached
+            assert torch.equal(ig.token_logprobs(model, tokens), ig.token_logprobs(twin, tokens))
+            with torch.no_grad():
+                move(model, seed=step)
+    assert not ig.precision(torch.device("cpu"), "float32")._enabled
+
+
 def test_scores_and_values_are_float32_under_autocast():
     model, tokens = tiny("scalar"), torch.randint(V, (3, 9), generator=seeded(0))
     with torch.autocast("cpu", torch.bfloat16):
