@@ -1384,6 +1384,8 @@ class Run:
         self.cfg, self.source, self.fresh = cfg, source, fresh
         self.models, self.corpora, self.seconds = {}, {}, {}
         self.device = find_device(cfg.device, cfg.dtype)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)   # streams and graphs go by the current one
         self.data = cfg.data or os.path.join(os.path.dirname(__file__), "data")
         self.enc = load_encoding(os.path.join(self.data, "vocab.tiktoken"))
         self.world = toyworld(self.data)
