@@ -4,21 +4,26 @@ One test per formula of instructgpt.py, named after its equation or section of t
     pytest -q test_instructgpt.py                 all of them, about a minute
     pytest -q test_instructgpt.py -k eq1          those of Eq. 1
     pytest -q test_instructgpt.py -k gae -x       one formula, to the first failure
+    python test_instructgpt.py bench              no test: how fast each part is here, in two minutes (--help)
 
 As exercises: empty a function of instructgpt.py, run the tests that name its equation, fill it in again.
 Beside most formulas stands a slow twin: the definition in plain Python, which the fast one has to equal.
 The order is the script's: tokens and data, GPT, rollout, formulas, toy world; then the steps, the run in
-miniature and the command line.
+miniature and the command line; last the bench.
 """
+import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import pickle
+import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +31,7 @@ from base64 import b64decode
 from collections import Counter
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +46,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.join(HERE, "data")
 tw = ig.toyworld(DATA)
 pytestmark = pytest.mark.filterwarnings("error")
+THREADS = torch.get_num_threads()                # the machine's own choice, for the bench
 torch.set_num_threads(1)                         # matrices of 16 columns: a second thread only waits
 close = torch.testing.assert_close
 
@@ -569,7 +576,7 @@ def test_bfloat16_rollout_samples_from_a_copy_that_follows_the_weights():
 
 
 def test_bfloat16_training_sees_the_weights_of_each_step():
-    model, tokens, losses = tiny().requires_grad_(True), torch.randint(V, (4, 12), generator=seeded(0)), []
+    model, tokens = tiny().requires_grad_(True), torch.randint(V, (4, 12), generator=seeded(0))
     with ig.precision(torch.device("cpu"), "bfloat16"):
         for step in range(3):
             ig.accumulate(lambda i: ig.lm_loss(model, tokens[i]), torch.ones(4))
@@ -1785,3 +1792,211 @@ def test_edge_threads_do_not_change_the_formulas(threads):
         close(F.log_softmax(x, -1).sum(), F.log_softmax(x.double(), -1).sum().float(), rtol=1e-4, atol=0)
     finally:
         torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bench: how fast each part is on this machine, beside what the machine could do. No test asserts it: a speed
+# belongs to a machine and a moment, so compare numbers of one table only.
+
+SIZES = {                    # layers, heads, width, vocabulary, prompt, new tokens; an LM step's rows, tokens
+    "toy": (2, 2, 128, 2048, 32, 16, 32, 64), "small": (4, 4, 128, 512, 32, 32, 64, 64),
+    "mid": (6, 6, 384, 1024, 64, 64, 16, 128), "gpt2": (12, 12, 768, 50257, 64, 64, 8, 128)}
+PHASES = {                   # the functions that a PPO iteration calls, and what their calls are for, in turn
+    "rollout": ["rollout"], "by_length": ["scores", "reference", "values"], "gae": ["GAE"],
+    "accumulate": ["PPO gradient", "ptx gradient", "value gradient"], "clip_and_step": ["clip, optimizers"]}
+WIDTHS = {"rows": 6, "ms": 10, "per_second": 12, "step_ms": 10, "share": 9, "uncached": 10, "eager": 7}
+LEGEND = """\
+per second  GB, GFLOP, new tokens (the prefill's time included), trained tokens, episodes
+share       rollout: of a step's time, what the roofline needs: weights and KV cache at the mean context over
+            the copy's bandwidth (caches may beat it), or FLOPs over the matrix product's, what takes longer;
+            LM step: of its time, (6 N + 12 layers width length) FLOPs a token over the matrix product's, N
+            being the weights in matrix products; below PPO-ptx: of the iteration
+uncached    times slower with a forward of the whole row for a token; eager: without CUDA graphs
+-           would take too long, or more memory than there is; peak: on a CPU that of the process so far
+"""
+
+
+def clock(device, work, *args):
+    """Seconds that work(*args) takes, and its result."""
+    synchronize = getattr(torch, device.type).synchronize
+    synchronize()
+    start, result = time.perf_counter(), work(*args)
+    synchronize()
+    return time.perf_counter() - start, result
+
+
+def timed(device, patience, **works):
+    """Median seconds of each work. They take turns, so that a slow moment of the machine hits all. The first
+    round is the warm-up; on a CPU it counts if it alone takes all the time."""
+    rounds, start, least = [], time.perf_counter(), 1 if device.type == "cpu" else 3
+    while len(rounds) < least or len(rounds) < 8 and time.perf_counter() - start < patience:
+        rounds.append([clock(device, work)[0] for work in works.values()])
+    return dict(zip(works, map(statistics.median, zip(*rounds[len(rounds) > 1:]))))
+
+
+def phases(device, iteration):
+    """Seconds of a PPO iteration in the functions of PHASES, by what the call was for, and elsewhere."""
+    def watched(f, kinds):
+        def g(*args):
+            seconds, result = clock(device, f, *args)
+            spent[next(kinds)] += seconds
+            return result
+        return g
+    spent = Counter()
+    with pytest.MonkeyPatch.context() as patch:                      # puts everything back
+        for name, kinds in PHASES.items():
+            patch.setattr(ig, name, watched(getattr(ig, name), itertools.cycle(kinds)))
+        total, _ = clock(device, iteration)
+    return {**spent, "rest": total - sum(spent.values())}
+
+
+def room(device):
+    """Bytes to use at most: on a CPU half of all, for what is free leaves out what the disk's cache holds."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    there = hasattr(os, "sysconf")                                   # not on Windows
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if there else math.inf
+
+
+def bench_size(name, device, low, bandwidth, flops, line, batches, part, patience):
+    L, H, C, V, P, N, R, S = SIZES[name]
+    gpu, big = device.type == "cuda", name == "gpt2"
+    R, S = (32, 1024) if gpu and big else (R // part, S)
+    E, M = (8, 2) if big and not gpu else (64 // part, 8)            # episodes, minibatches
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(0)
+    model = ig.GPT(ig.GPTConfig(V, max(P + N, S), L, H, C, gelu="tanh" if big else "none")).to(device)
+    ids = lambda *shape: torch.randint(V, shape, generator=seeded(0))
+    fits = lambda work, n, seconds, size: (                          # if not, None and a row with "-"
+        seconds < 3 * patience and size < room(device) or line(work, rows=n, ms=None))
+
+    used = torch.no_grad()(ig.low_precision)(model) if low else model    # what samples
+    w, kv = V * C + 12 * L * C * C, 2 * L * C * (P + N / 2)          # weights in products, cache of a row
+    size, slower, done = used.wte.weight.element_size(), 2, 0        # a first guess: twice the roofline
+    step = lambda B: max((w + B * kv) * size / bandwidth, 2 * B * (w + kv) / flops)      # roofline, seconds
+    whole = lambda B: N * step(B) + 2 * B * P * w / flops
+    roll = lambda B, n=N, **how: ig.rollout(model, ids(B, P).tolist(), n, V, **how)      # id V never comes
+    for B in batches:
+        if not fits("rollout", B, slower * whole(B), 3 * B * (2 * L * C * (P + N) * size + 24 * V)):
+            continue
+        works = {"all": lambda: roll(B), "one": lambda: roll(B, 1)}
+        if gpu:
+            works["eager"] = lambda: roll(B, graphs=False)
+        if B == 8:                                                   # a row of the mean length stands for all
+            row, u = ids(B, P + N // 2).to(device), torch.rand(B, device=device)
+            works["uncached"] = torch.no_grad()(torch.autocast(device.type, enabled=False)(
+                lambda: ig.pick(used.project(used.hidden(row)[:, -1]), u, 1.0)))
+        t = timed(device, patience, **works)
+        each, slower, done = (t["all"] - t["one"]) / (N - 1), t["all"] / whole(B), B
+        line("rollout", rows=B, ms=1e3 * t["all"], per_second=B * N / t["all"], step_ms=1e3 * each,
+             share=step(B) / each,
+             **{k: t[k] * n / t["all"] for k, n in (("eager", 1), ("uncached", N)) if k in t})
+    peaks = [ig.peak_memory(device) for _ in range(6) if done and roll(done, min(N, 8))]
+    used.kept.clear()                                                # graphs
+
+    cost, rate, text = R * (S - 1) * (6 * w + 12 * L * C * S), flops / 2, ids(R, S).to(device)
+    activations = lambda tokens: tokens * (16 * V + 80 * L * C)      # bytes, roughly
+    if fits("LM step", R, cost / rate, 16 * w + activations(R * S)):
+        optimizer = ig.adamw(model, 1e-4)
+        t = timed(device, patience, step=lambda: (
+            ig.accumulate(lambda i: ig.lm_loss(model, text[i]), torch.ones(R)),
+            ig.clip_and_step(model, optimizer, 1e-4)))["step"]
+        line("LM step", rows=R, ms=1e3 * t, per_second=R * (S - 1) / t, share=cost / t / flops)
+        rate, optimizer = cost / t, None
+
+    # An iteration is many works, so it may take longer: forwards of 4 nets, 3 gradients, 24 w FLOPs a token.
+    seconds = slower * whole(E) + 24 * w * E * (P + N) / rate
+    if fits("PPO-ptx iteration", E, seconds / 5, 56 * w + activations(E // M * (P + N))):
+        cfg, enc, runs = ig.Config(max_new_tokens=N), SimpleNamespace(eot_token=V), []
+        reference, reward = ig.freeze(model), ig.freeze(ig.copy_of(model, "scalar"))
+        policy, value, text = ig.copy_of(model), ig.copy_of(reward), ids(E // M, P + N).to(device)
+        optimizers = ig.adamw(policy, 1e-5), ig.adamw(value, 1e-5)
+
+        def iteration():
+            e = ig.make_experience(cfg, enc, policy, value, reference, reward, ids(E, P).tolist(), None)
+            for rows in torch.randperm(E, device=device).tensor_split(M):
+                ig.update(cfg, policy, value, optimizers, e, rows, 1.0, text, 1.0)
+        timed(device, patience, iteration=lambda: runs.append(phases(device, iteration)))
+        run = sorted(runs[len(runs) > 1:], key=lambda run: sum(run.values()))[(len(runs) - 1) // 2]
+        t = sum(run.values())
+        line("PPO-ptx iteration", rows=E, ms=1e3 * t, per_second=E / t)
+        for phase, seconds in run.items():
+            line("  " + phase, ms=1e3 * seconds, share=seconds / t)
+    peak, growth = ig.peak_memory(device) / 1e6, (peaks[-1] - peaks[0]) / 1e6 if done else 0.0
+    line(f"peak {peak:,.0f} MB, {growth:+.1f} MB by 5 more rollouts", peak_mb=peak, growth_mb=growth)
+
+
+def bench(argv, batches=(1, 8, 64, 512), part=1, patience=3.0):
+    """The command line. A test shrinks it: fewer batches, a part of the rows, fewer seconds for each work."""
+    parser = argparse.ArgumentParser(description="How fast each part of instructgpt.py is on this machine.")
+    parser.add_argument("bench", choices=["bench"])
+    parser.add_argument("--size", choices=SIZES, help="this one alone (default: all, about two minutes)")
+    parser.add_argument("--json", metavar="FILE", default=os.devnull, help="writes all numbers to it as well")
+    parser.add_argument("--device", default="", help="cuda or cpu (default: the best there is)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=THREADS, help="of the CPU (default: %(default)s)")
+    a, rows, start = parser.parse_args(argv), [], time.perf_counter()
+    try:
+        device, low = ig.find_device(a.device, a.dtype), a.dtype == "bfloat16"
+        torch.set_num_threads(a.threads)
+        file = open(a.json, "w", encoding="utf-8")
+    except (ig.UserError, OSError, RuntimeError) as e:               # RuntimeError: no such device or number
+        parser.error(str(e))
+    chip = f"{device}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    info = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else chip, "dtype": a.dtype,
+            "threads": a.threads, "torch": torch.__version__, "python": platform.python_version()}
+
+    def line(size, work, **numbers):
+        show = lambda x: "-" if x is None else f"{x:,.0f}" if x >= 100 or type(x) is int else f"{x:.3g}"
+        cells = {k: show(x) if k != "share" else f"{100 * x:.1f} %" for k, x in numbers.items()}
+        row = f"{size:9}{work:20}" + "".join(f"{cells.get(k, ''):>{n}}" for k, n in WIDTHS.items())
+        print(row.rstrip(), flush=True)
+        rows.append({"size": size, "work": work.strip(), **numbers})
+
+    print("\n".join(f"{k:12}{x}" for k, x in info.items()), LEGEND, sep="\n")
+    print(f"{'size':9}{'work':20}" + "".join(f"{k.replace('_', ' '):>{n}}" for k, n in WIDTHS.items()))
+    with file, ig.precision(device, a.dtype):
+        n, m = (2 ** 30, 8192) if device.type == "cuda" else (2 ** 27, 2048)           # n: beyond the caches
+        x, y = torch.zeros(n // 4, device=device), torch.ones(n // 4, device=device)
+        z = torch.randn(m, m, device=device, dtype=torch.bfloat16 if low else torch.float32)
+        t = timed(device, patience, copy=lambda: x.copy_(y), product=lambda: z @ z)
+        bandwidth, flops, x, y, z = 2 * n / t["copy"], 2 * m ** 3 / t["product"], None, None, None
+        line("machine", "copy", ms=1e3 * t["copy"], per_second=bandwidth / 1e9)
+        line("machine", "matrix product", ms=1e3 * t["product"], per_second=flops / 1e9)
+        for name in [a.size] if a.size else SIZES:
+            bench_size(name, device, low, bandwidth, flops, partial(line, name), batches, part, patience)
+        json.dump({**info, "seconds": time.perf_counter() - start, "rows": rows}, file, indent=1)
+    print(f"{time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def test_bench_prints_its_table_and_writes_its_numbers(tmp_path, capsys):
+    words = "bench --size toy --device cpu --threads 1 --json".split() + [str(tmp_path / "b.json")]
+    assert bench(words, batches=(1, 8), part=8, patience=0.1) == 0
+    table, kept = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
+    assert {"device", "dtype", "threads", "torch", "python", "seconds", "rows"} <= set(kept)
+    works = {(r["work"], r.get("rows")): r for r in kept["rows"]}
+    expected = [("copy", None, "per_second"), ("matrix product", None, "per_second"),
+                ("rollout", 1, "per_second step_ms share"), ("LM step", 4, "per_second share"),
+                ("rollout", 8, "per_second step_ms share uncached"), ("PPO-ptx iteration", 8, "per_second")]
+    for work, n, keys in expected + [(k, None, "share") for k in [*sum(PHASES.values(), []), "rest"]]:
+        assert all(0 < works[work, n][k] < math.inf for k in ["ms", *keys.split()]), work
+        assert f" {work} " in table
+    assert kept["rows"][-1]["peak_mb"] >= kept["rows"][-1]["growth_mb"] >= 0
+    assert max(map(len, table.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("words", [
+    "", "x", "bench --size big", "bench --device tpu", "bench --threads 0",
+    "bench --threads 1 --json no/where", "bench --device cpu --dtype bfloat16"])
+def test_bench_refuses_wrong_words_before_it_starts(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench(words.split())
+    out, error = capsys.readouterr()
+    assert not out and ": error: " in error and "Traceback" not in error
+
+
+if __name__ == "__main__":
+    sys.exit(bench(sys.argv[1:]))
