@@ -1243,41 +1243,58 @@ STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo
 MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
 
 
-def open_data(path):
-    """The file as UTF-8 text; UserError if it cannot be opened."""
+LONGEST = 1_000_000                              # characters a line: words of megabytes take a tokenizer long
+
+
+def read_text(path):
+    """The text of a UTF-8 file; a BOM is ignored, CRLF is LF. UserError, with the line, if it is none: not
+    UTF-8, NUL inside, a line longer than LONGEST, nothing but blanks."""
     try:
-        return open(path, encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); "
-                        "python data/toyworld.py makes the toy's data") from e
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name a file or run data/toyworld.py") from e
+    except UnicodeDecodeError as e:
+        n = e.object.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{n}: not UTF-8 text ({e.reason}); save the file as UTF-8") from e
+    if not text.strip():
+        raise UserError(f"{path}: is empty; it needs a line that is not blank")
+    for n, line in enumerate(text.split("\n"), 1):
+        if len(line) > LONGEST or "\0" in line:
+            raise UserError(f"{path}:{n}: holds NUL or more than {LONGEST:,} characters; mend or remove it")
+    return text
 
 
 def read_lines(path):
-    """(number, line) of the non-empty lines of a text file; UserError if it is not UTF-8."""
-    with open_data(path) as f:
-        try:
-            return [(n, line) for n, line in enumerate(f, 1) if line.strip()]
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+    """(number, line) of the lines of a text file that are not blank; UserError from read_text."""
+    return [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
 def load_encoding(path):
     """tiktoken encoding from a rank file (lines of base64 token, rank). We parse it ourselves because
-    tiktoken's loader caches local files by their path and would miss a change."""
-    try:
-        ranks = {b64decode(word): int(rank) for word, rank in (line.split() for _, line in read_lines(path))}
-    except ValueError as e:
-        raise UserError(f"{path}: not a tiktoken rank file ({e}); "
-                        "each line is: base64 token, space, rank") from e
+    tiktoken's loader caches local files by their path and would miss a change, and because tiktoken panics
+    at odd ranks. UserError unless they count up from 0 and the tokens differ and hold all 256 bytes."""
+    ranks = {}
+    for n, line in read_lines(path):
+        word, *rank = line.split()
+        try:
+            token = b64decode(word, validate=True)
+        except ValueError:
+            token = b""
+        if not token or token in ranks or rank != [str(len(ranks))]:
+            raise UserError(f"{path}:{n}: not a line of a tiktoken rank file; this one must be: base64 of a "
+                            f"new token, space, the rank {len(ranks)}")
+        ranks[token] = len(ranks)
+    if any(bytes([i]) not in ranks for i in range(256)):
+        raise UserError(f"{path}: a single byte has no token; a tiktoken rank file has one for all 256")
     return tiktoken.Encoding("toyworld", pat_str=PIECES, mergeable_ranks=ranks,
                              special_tokens={EOT: len(ranks)})
 
 
 def load_corpus(path, enc, length):
     """Pretraining text, documents between blank lines -> (tokens array, starts of the documents that have
-    `length` tokens from their start on)."""
-    with open_data(path) as f:
-        texts = [d.strip("\n") for d in f.read().split("\n\n") if d.strip()]
+    `length` tokens from their start on). UserError if there is none."""
+    texts = (d.strip("\n") for d in read_text(path).split("\n\n") if d.strip())
     docs = [enc.encode_ordinary(d) + [enc.eot_token] for d in texts]
     tokens = np.array([t for d in docs for t in d], np.uint16 if enc.n_vocab <= 65536 else np.int32)  # (N,)
     starts = np.cumsum([0] + [len(d) for d in docs[:-1]])                       # (documents,)
@@ -1287,21 +1304,66 @@ def load_corpus(path, enc, length):
     return tokens, starts
 
 
-def read_jsonl(path, *needed):
-    """The objects in a file of JSON lines; UserError naming the line if one is broken or lacks a field."""
+def expect(value, shape, name="it"):
+    """The JSON value. ValueError, naming the field, unless it has the shape: a type, "text" for a string that
+    is not blank, [shape] for a list that is not empty, {field: shape} for an object, which may have more."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind or value == []:             # not isinstance: true is no number
+        found = "missing or null" if value is None else repr(value)[:40]
+        raise ValueError(f"{name} must be {kind.__name__}, is {found}")
+    if shape == "text" and (not value.strip() or b"\0" in value.encode()):       # half surrogates do not
+        raise ValueError(f"{name} must be text, is blank or holds NUL")
+    for key in shape if isinstance(shape, dict) else ():
+        if type(value.get(key)) is not shape[key]:         # else it is right, and quickly
+            expect(value.get(key), shape[key], key)
+    if isinstance(shape, list) and list(set(map(type, value))) != shape:
+        for i, part in enumerate(value):
+            expect(part, shape[0], f"{name}[{i}]")
+    return value
+
+
+def demonstration(row):
+    """{"prompt": text, "completion": text} or {"messages": [{"role": "user", "content": text}, ...]}"""
+    if "messages" in row:
+        *earlier, last = expect(row, {"messages": [{"role": "text", "content": "text"}]})["messages"]
+        if last["role"] != "assistant" or "user" not in [m["role"] for m in earlier] or "completion" in row:
+            raise ValueError("messages must hold a user's and end with an assistant's, the completion")
+        row.update(prompt="\n".join(m["content"] for m in earlier), completion=last["content"])
+    return expect(row, {"prompt": "text", "completion": "text"})
+
+
+def comparison(row):
+    """{"prompt": text, "responses": [texts], "ranks": [1 = best, ...]} or {"prompt", "chosen", "rejected"}"""
+    if "responses" not in row:
+        expect(row, {"chosen": "text", "rejected": "text"})
+        row.update(responses=[row["chosen"], row["rejected"]], ranks=[1, 2])
+    typed = "ended" not in row         # what a run sampled may be empty, and equal texts end or do not
+    expect(row, {"prompt": "text", "responses": ["text" if typed else str], "ranks": [int]})
+    texts, ranks = row["responses"], row["ranks"]
+    row.setdefault("ended", [True] * len(texts))
+    if not 2 <= len(texts) == len(ranks) == len(expect(row, {"ended": [bool]})["ended"]):
+        raise ValueError(f"{len(texts)} responses and {len(ranks)} ranks must be equally many, at least 2")
+    if not 1 <= min(ranks) <= max(ranks) <= 1000 or typed and len({*texts}) < len({*zip(texts, ranks)}):
+        raise ValueError("ranks must lie in 1 to 1000 and be equal for equal responses")
+    return row
+
+
+def read_jsonl(path, normal=lambda row: row, **needed):
+    """The objects of a file, one a line (in .json one in all), in their normal form, with the fields needed
+    (name=shape). UserError naming the first line that is not so: a file is taken as a whole or not at all."""
     rows = []
-    for n, line in read_lines(path):
+    for n, line in [(1, read_text(path))] if path.endswith(".json") else read_lines(path):
         try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{path}:{n}: not JSON ({e}); every line must be one JSON object") from e
-        missing = [k for k in needed if not isinstance(row, dict) or k not in row]
-        if missing:
-            raise UserError(f"{path}:{n}: no field {missing[0]!r}; needed are {', '.join(needed)}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: is empty; it needs one JSON object a line")
+            rows.append(expect(normal(expect(json.loads(line), {})), needed))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{n}: {'' if type(e) is ValueError else 'broken JSON: '}{e}; it must be "
+                            + (normal.__doc__ or f"an object with {', '.join(needed)}")) from e
     return rows
+
+
+TASKS, TESTS = [{"prompt": "text", "task": dict}], [{"prompt": "text", "answer": "text"}]
+PROBES = dict(truthful=TASKS, toxic=TASKS, unseen=TASKS, bias=[{"prompt": "text", "choices": ["text"]}],
+              respect=str, prefix=str, fewshot={"reading": TESTS, "cloze": TESTS, "translation": TESTS})
 
 
 def toyworld(data):
@@ -1398,9 +1460,10 @@ class Run:
     def path(self, name, folder=None):
         return os.path.join(folder or self.cfg.out, name)
 
-    def rows(self, name, *needed):
-        """A data set without the prompts that leave no room for a response (as in App. C); says how many."""
-        rows = read_jsonl(self.path(name, self.data), "prompt", *needed)
+    def rows(self, name, *normal, **needed):
+        """A data set without the prompts that leave no room for a response (as in App. C); says how many.
+        UserError if none is left, or from read_jsonl."""
+        rows = read_jsonl(self.path(name, self.data), *normal, **needed)
         room = self.cfg.block_size - self.cfg.max_new_tokens
         fit = [p for p in rows if len(encode_prompt(self.enc, p["prompt"])) <= room]
         if not fit:
@@ -1419,7 +1482,7 @@ class Run:
     def demos(self):
         return [(encode_prompt(self.enc, p["prompt"]),
                  encode_response(self.enc, p["completion"])[:self.cfg.max_new_tokens])
-                for p in self.rows("sft_train.jsonl", "completion")]
+                for p in self.rows("sft_train.jsonl", demonstration)]
 
     def settings(self, name):
         """The settings that a model's stage and those before it read."""
@@ -1477,7 +1540,7 @@ class Run:
                                        self.log)
         else:
             prompts = [{"ids": encode_prompt(self.enc, p["prompt"]), "task": p["task"]}
-                       for p in self.rows("ppo_train.jsonl", "task")]
+                       for p in self.rows("ppo_train.jsonl", prompt="text", task=dict)]
             coef = self.cfg.ptx_coef if name == "ppo_ptx" else 0.0
             model = ppo(self.cfg, self.enc, *before, prompts, self.corpus(), coef, self.device, self.log)
         seconds[name] = time.time() - start + self.log.earlier - sum(seconds.values())
@@ -1495,7 +1558,7 @@ class Run:
         """Comparisons for the training prompts and, a tenth as many, for the validation prompts."""
         rows = [{**p, "split": split} for split, n in (("train", self.cfg.rm_prompts),
                                                        ("valid", max(10, self.cfg.rm_prompts // 10)))
-                for p in self.rows(f"rm_{split}.jsonl", "task", "use_case")[:n]]
+                for p in self.rows(f"rm_{split}.jsonl", prompt="text", task=dict, use_case=str)[:n]]
         out = collect(self.cfg, self.enc, model, rows, self.world, seed(self.cfg, "collect", self.device),
                       random.Random(self.cfg.seed), self.log)
         save(self.path("comparisons.jsonl"), "".join(json.dumps(c) + "\n" for c in out))
@@ -1507,20 +1570,19 @@ class Run:
         there = [k for k, n in MODELS.items() if n in ("pretrain", "sft", *self.models) or self.finished(n)]
         models = {k: self.model(MODELS[k]) for k in there}
         models = {"GPT": models.pop("GPT"), "GPT (prompted)": self.model("pretrain"), **models}
-        tests = self.rows("test.jsonl", "task", "use_case", "form")[:cfg.test_prompts]
-        with open_data(self.path("probes.json", self.data)) as f:
-            probes = json.load(f)
+        tests = self.rows("test.jsonl", prompt="text", task=dict, use_case=str, form=str)[:cfg.test_prompts]
+        probes, = read_jsonl(self.path("probes.json", self.data), **PROBES)
         answers, sets = question(cfg, self.enc, models, self.world, tests, probes, self.device)
         results = {}
         for name, model in models.items():
             results[name] = measure(cfg, self.enc, name, model, answers, sets, models, reward_model,
                                     self.world, probes, self.corpus("pretrain_valid.txt"), self.device)
             self.log("evaluate", len(results), len(models))
-        held_out = [c for c in read_jsonl(self.path("comparisons.jsonl"), "split") if c["split"] == "valid"]
+        held_out = [c for c in read_jsonl(self.path("comparisons.jsonl"), comparison) if "second_ranks" in c]
         rm = judge_reward_model(self.enc, reward_model, held_out, cfg.max_new_tokens, self.device)
         seconds = {**self.seconds, "evaluate": time.time() - begun}
         seconds["total"] = sum(seconds.values())
-        history = [h for h in read_jsonl(self.log.path, "stage") if h["stage"] in ("ppo", "ppo_ptx")]
+        history = [h for h in read_jsonl(self.log.path, stage=str) if h["stage"] in ("ppo", "ppo_ptx")]
         history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated run the last
         shown = samples(tests, answers)
         save(self.path("samples.txt"), shown.strip() + "\n")

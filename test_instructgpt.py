@@ -27,13 +27,14 @@ import statistics
 import subprocess
 import sys
 import time
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections import Counter
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,8 @@ def enc():
 @pytest.fixture(scope="module")
 def sets():
     """name -> rows, of every prompt set of the toy world."""
-    return {f[:-6]: ig.read_jsonl(os.path.join(DATA, f), "prompt", "use_case", "form", "customer", "task")
+    kinds = {"use_case": str, "form": str, "customer": str, "task": dict}
+    return {f[:-6]: ig.read_jsonl(os.path.join(DATA, f), prompt="text", **kinds)
             for f in sorted(os.listdir(DATA)) if f.endswith(("train.jsonl", "valid.jsonl", "test.jsonl"))}
 
 
@@ -179,19 +181,6 @@ def test_corpus_rows_begin_where_documents_begin(enc, tmp_path):
     assert torch.equal(rows, ig.corpus_batch((tokens, starts), 64, 4, seeded(0), "cpu"))
     with pytest.raises(ig.UserError, match="fewer than 400 tokens"):
         ig.load_corpus(str(path), enc, 400)
-
-
-def test_bad_json_lines_are_named(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    good = '{"prompt": "a"}\n'
-    bad = [(good + '{"prompt": \n', ":2: not JSON"), (good + '{"text": "b"}\n', ":2: no field 'prompt'"),
-           ('["prompt"]\n', ":1: no field"), ("", "is empty")]
-    for text, message in bad:
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(ig.UserError, match=message):
-            ig.read_jsonl(str(path), "prompt")
-    with pytest.raises(ig.UserError, match="cannot be read"):
-        ig.read_jsonl(str(tmp_path / "none.jsonl"), "prompt")
 
 
 def test_action_frame_of_stack():
@@ -1395,6 +1384,388 @@ def test_section_c2_equal_texts_are_one_response(enc):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What users hand in. A reader takes a file as a whole or refuses it with one line, which holds the file, the
+# line's number, what is wrong and what to do.
+
+LINES = {                                        # what is read: file name -> good lines
+    "pretrain.txt": ["The cow is here.", "It is so.", "", "A hat. 世 <|endoftext|> x"],
+    "prompts.jsonl": [{"prompt": "Say moo."}, {"prompt": "Is it <|endoftext|>?\n", "use_case": "chat"},
+                      {"prompt": "世"}],
+    "demonstrations.jsonl": [
+        {"prompt": "Say moo.", "completion": "moo."}, {"prompt": "a", "completion": " <|endoftext|>"},
+        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say moo."},
+                      {"role": "assistant", "content": "moo."}], "labeler": 7}],
+    "comparisons.jsonl": [
+        {"prompt": "Say moo.", "chosen": "moo.", "rejected": "no. <|endoftext|>"},
+        {"prompt": "a", "responses": ["x", "y", "x"], "ranks": [1, 2, 1], "split": "valid"},
+        {"prompt": "b", "responses": ["", "y", "y"], "ranks": [1, 1, 2], "ended": [True, True, False]}],
+    "probes.json": [{
+        **{k: [{"prompt": "a", "task": {"kind": "class"}}] for k in ("truthful", "toxic", "unseen")},
+        "fewshot": {k: [{"prompt": "a", "answer": " b"}] for k in ("reading", "cloze", "translation")},
+        "bias": [{"prompt": "a", "choices": [" her", " his"]}], "respect": "", "prefix": "a\n"}],
+    "vocab.tiktoken": [f"{b64encode(bytes([i])).decode()} {i}" for i in range(256)] + ["IGNvdw== 256"]}
+JSONL = [name for name in LINES if name.endswith(".jsonl")]
+READERS = {"pretrain.txt": lambda path, enc: ig.load_corpus(path, enc, 2),
+           "prompts.jsonl": lambda path, enc: ig.read_jsonl(path, prompt="text"),
+           "demonstrations.jsonl": lambda path, enc: ig.read_jsonl(path, ig.demonstration),
+           "comparisons.jsonl": lambda path, enc: ig.read_jsonl(path, ig.comparison),
+           "probes.json": lambda path, enc: ig.read_jsonl(path, **ig.PROBES),
+           "vocab.tiktoken": lambda path, enc: ig.load_encoding(path)}
+
+
+def read(path, enc):
+    return READERS[path.name](str(path), enc)
+
+
+def written(*lines):
+    """Lines (text or JSON values) as the bytes of a file."""
+    return "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
+
+
+@pytest.fixture
+def put(tmp_path):
+    """put(name, line, line ...) or put(name, bytes) -> path of a file with these lines."""
+    def put(name, *lines):
+        (tmp_path / name).write_bytes(lines[0] if isinstance(lines[0], bytes) else written(*lines))
+        return tmp_path / name
+    return put
+
+
+def assert_one_line(message, path):
+    assert message.startswith(f"{path}:") and "\n" not in message and len(message) < len(str(path)) + 300
+
+
+def refusal(path, enc):
+    """What the reader says of a bad file, without the file's name."""
+    with pytest.raises(ig.UserError) as e:
+        read(path, enc)
+    assert_one_line(str(e.value), path)
+    return str(e.value).removeprefix(str(path))
+
+
+def assert_right(got, path, enc):
+    """What the rest of the script relies on, of a file that was taken."""
+    lines = sum(line.strip() != "" for line in path.read_text(encoding="utf-8-sig").split("\n"))
+    if path.name == "pretrain.txt":
+        tokens, starts = got
+        ends = tokens == enc.eot_token                                 # of documents, none of which is empty
+        assert tokens.dtype == np.uint16 and ends[-1] and not (ends[:-1] & ends[1:]).any()
+        assert starts[0] == 0 and ends[starts[1:] - 1].all() and starts[-1] + 2 <= len(tokens)
+    elif path.name == "vocab.tiktoken":
+        assert got.n_vocab == lines + 1 == got.eot_token + 1
+        assert got.decode(got.encode_ordinary("The cow 世\n\0 12")) == "The cow 世\n\0 12"
+    elif path.name == "probes.json":
+        assert all(p["prompt"].strip() and type(p["task"]) is dict
+                   for k in ("truthful", "toxic", "unseen") for p in got[0][k])
+        assert all(got[0]["fewshot"].values()) and all(all(p["choices"]) for p in got[0]["bias"])
+    else:
+        assert len(got) == lines                                       # all or nothing
+        for row in got:
+            assert_text(row["prompt"], ig.encode_prompt(enc, row["prompt"]), enc)
+            if path.name == "demonstrations.jsonl":
+                ids = ig.encode_response(enc, row["completion"])
+                assert ids[-1] == enc.eot_token
+                assert_text(row["completion"], ids[:-1], enc)
+            if path.name == "comparisons.jsonl":
+                assert_comparison(row, enc)
+
+
+def assert_text(text, ids, enc):
+    assert type(text) is str and text.strip() and "\0" not in text and text in enc.decode(ids)
+    assert enc.eot_token not in ids
+
+
+def assert_comparison(c, enc):
+    types = lambda key: set(map(type, c[key]))
+    assert 2 <= len(c["responses"]) == len(c["ranks"]) == len(c["ended"]) and types("responses") == {str}
+    assert types("ranks") == {int} and types("ended") == {bool} and all(1 <= r <= 1000 for r in c["ranks"])
+    _, responses, ranks = ig.encode_comparison(enc, c, 16)
+    assert len(responses) == len(ranks) == len(c["ranks"]) and max(ranks) > 0
+    assert all(ids and enc.eot_token not in ids[:-1] for ids in responses)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_reader_takes_a_good_file_and_ignores_bom_crlf_and_blank_lines(name, enc, put):
+    plain = {"pretrain.txt": lambda got: [x.tolist() for x in got],
+             "vocab.tiktoken": lambda got: got.encode_ordinary("a cow")}.get(name, lambda got: got)
+    data, blank = written(*LINES[name]), b"\n\n" if name == "pretrain.txt" else b" \t\n\n"
+    want = read(put(name, data), enc)
+    assert_right(want, put(name, data), enc)
+    for other in (b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n"), blank + data + blank):
+        assert plain(read(put(name, other), enc)) == plain(want)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_reader_refuses_what_is_no_text_file(name, enc, put, tmp_path):
+    good = written(*LINES[name])
+    end = f":{good.count(10) + 1}:"                                    # the bad line comes last
+    assert refusal(tmp_path / name, enc).startswith(": cannot be read (No such file or directory); name a")
+    for bad, where, what, advice in [
+            (b"", ":", "is empty", "needs a line"), (b"\xef\xbb\xbf", ":", "is empty", "needs a line"),
+            (b" \r\n\t\n\n", ":", "is empty", "needs a line"),
+            (good + b"a\xff", end, "not UTF-8 text (invalid start byte)", "save the file as UTF-8"),
+            (good + b"a\xed\xa0\x80", end, "not UTF-8 text", "save the file as UTF-8"),    # half a surrogate
+            (good.decode().encode("utf-16"), ":1:", "not UTF-8 text", "save the file as UTF-8"),
+            (good + b"a\0b", end, "holds NUL or more", "remove it"), (b"\0", ":1:", "holds NUL", "remove it"),
+            (good + b"a" * 10 ** 7, end, "holds NUL or more than 1,000,000 characters", "remove it")]:
+        start, told = time.process_time(), refusal(put(name, bad), enc)
+        assert told.startswith(f"{where} {what}") and advice in told and time.process_time() - start < 2
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert refusal(tmp_path / name, enc).startswith(": cannot be read (Is a directory); name a file")
+
+
+def test_reader_takes_long_lines_in_reasonable_time(enc, put):
+    n, start = ig.LONGEST, time.process_time()
+    words = ["x" * n, " " * (n - 1) + "x", "é" * n, "= " * (n // 2)]
+    assert len(read(put("pretrain.txt", *words), enc)[0]) > n
+    row, = read(put("prompts.jsonl", {"prompt": "x" * (n - 20)}), enc)
+    assert len(ig.encode_prompt(enc, row["prompt"])) > n - 20 and time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("name", JSONL)
+@pytest.mark.parametrize("line, told", [
+    ('{"prompt": ', "broken JSON: Expecting value"), ("{'prompt': 'a'}", "broken JSON: Expecting property"),
+    ('{"prompt": "a"} {"prompt": "b"}', "broken JSON: Extra data"),
+    ('{"prompt": "a\tb"}', "broken JSON: Invalid control"), ('{"prompt": "\\x"}', "broken JSON: Invalid"),
+    ("[" * 10 ** 5, "broken JSON: maximum recursion"), ('{"a":' * 10 ** 5, "broken JSON: maximum recursion"),
+    ('{"prompt": %s}' % ("9" * 5000), "has 5000 digits"), ("[]", "it must be dict, is []"),
+    ('["prompt"]', "it must be dict, is ['prompt']"), ("17", "it must be dict, is 17"),
+    ('"prompt"', "it must be dict, is 'prompt'"), ("null", "it must be dict, is missing or null"),
+    ("NaN", "it must be dict, is nan"), ("{}", " must be str, is missing or null")])
+def test_reader_refuses_broken_json_lines(name, line, told, enc, put):
+    for n in (1, 3):
+        message = refusal(put(name, *LINES[name][:n - 1], line, *LINES[name]), enc)
+        assert message.startswith(f":{n}: ") and told in message
+        assert "; it must be an object with prompt" in message or '; it must be {"prompt": text, "' in message
+
+
+GONE = object()                                  # a field that is left out
+
+
+@pytest.mark.parametrize("name, i, field", [
+    ("prompts.jsonl", 0, "prompt"), *(("demonstrations.jsonl", 0, k) for k in ("prompt", "completion")),
+    *(("comparisons.jsonl", 0, k) for k in ("prompt", "chosen", "rejected")),
+    ("comparisons.jsonl", 1, "prompt"), ("comparisons.jsonl", 2, "prompt")])
+def test_reader_refuses_what_is_no_text_in_a_text_field(name, i, field, enc, put):
+    for value, told in [
+            (GONE, f"{field} must be str, is missing"), (None, f"{field} must be str, is missing or null"),
+            (17, f"{field} must be str, is 17"), (True, "is True"), (["a"], "is ['a']"), ({"a": 1}, "is {"),
+            (math.nan, "is nan"), (-math.inf, "is -inf"), (10 ** 40, "is 10000"),
+            ("", f"{field} must be text, is blank"), (" \n\t", f"{field} must be text, is blank"),
+            ("a\0b", f"{field} must be text, is blank or holds NUL"),
+            ("\ud800", "surrogates not allowed"), ("a\udfff b", "surrogates not allowed")]:
+        row = {k: v for k, v in {**LINES[name][i], field: value}.items() if v is not GONE}
+        message = refusal(put(name, LINES[name][0], "", row), enc)
+        assert message.startswith(":3: ") and told in message and "; it must be " in message
+
+
+def chat(*roles, content="a", **more):
+    return {"messages": [{"role": role, "content": content} for role in roles], **more}
+
+
+TALK = "messages must hold a user's and end with an assistant's"
+
+
+@pytest.mark.parametrize("row, told", [
+    (chat("user"), TALK), (chat("assistant"), TALK), (chat("assistant", "user"), TALK),
+    (chat("user", "user"), TALK), (chat("User", "assistant"), TALK), (chat("system", "assistant"), TALK),
+    (chat("user", "assistant", completion="b"), TALK), (chat(), "messages must be list, is []"),
+    ({"messages": None}, "messages must be list, is missing or null"),
+    ({"messages": "a"}, "messages must be list, is 'a'"), ({"messages": ["a"]}, "messages[0] must be dict"),
+    ({"messages": [{"role": "user"}, {}]}, "content must be str, is missing"),
+    ({"messages": [{"content": "a"}]}, "role must be str, is missing"),
+    (chat("user", "assistant", content=" "), "content must be text, is blank"),
+    (chat("user", "assistant", content=["a"]), "content must be str, is ['a']"),
+    (chat("user", ["assistant"]), "role must be str, is ['assistant']"),
+    (chat("user", "assistant", content="\ud800"), "surrogates not allowed")])
+def test_demonstrations_in_messages_that_are_none_are_refused(row, told, enc, put):
+    message = refusal(put("demonstrations.jsonl", row), enc)
+    assert message.startswith(":1: ") and told in message and '; it must be {"prompt": text, "comp' in message
+
+
+def ranked(*ranks, **more):
+    return {"prompt": "a", "responses": ["x", "y", "z"], "ranks": list(ranks), **more}
+
+
+FIT, LIE = "must be equally many, at least 2", "ranks must lie in 1 to 1000 and be equal for equal responses"
+
+
+@pytest.mark.parametrize("row, told", [
+    (ranked(1, 2), "3 responses and 2 ranks " + FIT), (ranked(1, 2, 3, 4), "3 responses and 4 ranks " + FIT),
+    (ranked(1, 2, 3, responses=["x", "y"]), FIT), (ranked(1, responses=["x"]), FIT),
+    (ranked(1, 2, 3, ended=[True, True]), FIT), (ranked(1, ended=[True], responses=["x"]), FIT),
+    (ranked(), "ranks must be list, is []"), (ranked(1, responses=[]), "responses must be list, is []"),
+    (ranked(0, 1, 2), LIE), (ranked(-1, 1, 2), LIE), (ranked(1, 2, 1001), LIE), (ranked(1, 2, 10 ** 30), LIE),
+    (ranked(1, 2, 3, responses=["x", "y", "x"]), LIE), (ranked(1, 2, chosen="x", responses=["x", "x"]), LIE),
+    ({"prompt": "a", "chosen": "x", "rejected": "x"}, LIE),
+    (ranked(1, 2, True), "ranks[2] must be int, is True"), (ranked(1, 2., 3), "ranks[1] must be int, is 2.0"),
+    (ranked(1, math.nan, 3), "ranks[1] must be int, is nan"),
+    (ranked(math.inf, 1, 2), "ranks[0] must be int, is inf"),
+    (ranked("1", 2, 3), "ranks[0] must be int, is '1'"), (ranked(1, [2], 3), "ranks[1] must be int, is [2]"),
+    (ranked(None, 2, 3), "ranks[0] must be int, is missing or null"),
+    (ranked(ranks=7), "ranks must be list, is 7"), (ranked(ranks=None), "ranks must be list, is missing"),
+    (ranked(ranks={"x": 1}), "ranks must be list, is {'x': 1}"),
+    (ranked(1, 2, 3, responses="xyz"), "responses must be list, is 'xyz'"),
+    (ranked(1, 2, 3, responses=["x", "", "z"]), "responses[1] must be text, is blank"),
+    (ranked(1, 2, 3, responses=["x", "y", " \n"]), "responses[2] must be text, is blank"),
+    (ranked(1, 2, 3, responses=["x", None, "z"]), "responses[1] must be str, is missing or null"),
+    (ranked(1, 2, 3, responses=["x", 17, "z"]), "responses[1] must be str, is 17"),
+    (ranked(1, 2, 3, responses=["x", "\udc00", "z"]), "surrogates not allowed"),
+    (ranked(1, 2, 3, responses=["x", None, ""], ended=[True] * 3), "responses[1] must be str, is missing"),
+    (ranked(1, 2, 3, ended=[1, 1, 1]), "ended[0] must be bool, is 1"),
+    (ranked(1, 2, 3, ended=None), "ended must be list, is missing or null"),
+    ({"prompt": "a", "ranks": [1, 2]}, "chosen must be str, is missing")])
+def test_comparisons_that_are_none_are_refused(row, told, enc, put):
+    message = refusal(put("comparisons.jsonl", LINES["comparisons.jsonl"][0], row), enc)
+    assert message.startswith(":2: ") and told in message and '; it must be {"prompt": text, "resp' in message
+
+
+def test_demonstrations_and_comparisons_have_one_normal_form(enc, put):
+    lines = LINES["demonstrations.jsonl"]
+    plain, _, talk = read(put("demonstrations.jsonl", *lines), enc)
+    assert plain == lines[0]
+    assert talk == {**lines[2], "prompt": "Be kind.\nSay moo.", "completion": "moo."}
+    lines = LINES["comparisons.jsonl"]
+    pair, ties, sampled = read(put("comparisons.jsonl", *lines), enc)
+    both = {"responses": ["moo.", "no. <|endoftext|>"], "ranks": [1, 2], "ended": [True, True]}
+    assert pair == {**lines[0], **both} and ties == {**lines[1], "ended": [True] * 3}
+    assert ig.encode_comparison(enc, ties, 16)[2] == [1, 2, 0]         # of equal texts the first counts
+    assert sampled == lines[2]                                         # a run's own: empty, equal, unended
+
+
+@pytest.mark.parametrize("line", [
+    "AA== 0", "Ag== 1", "Ag== 3", "Ag== -2", "Ag== 2.0", "Ag== " + "9" * 20, "Ag== " + "9" * 5000, "Ag== ٢",
+    "Ag== +2", "Ag== 0_2", "Ag== 02", "Ag==", "2", "Ag== 2 3", "AQ== 2", "== 2", "A 2", "Ag 2", "A?g= 2",
+    "=Ag= 2", "Ag==Ag== 2", "éé== 2", "junk"])
+def test_rank_file_is_refused_at_its_first_odd_line(line, enc, put):
+    lines = LINES["vocab.tiktoken"]
+    message = refusal(put("vocab.tiktoken", *lines[:2], line, *lines[3:]), enc)
+    assert message.startswith(":3: not a line of a tiktoken rank file; this one must be: base64")
+    assert message.endswith(" the rank 2")
+
+
+def test_rank_file_needs_all_bytes_and_no_junk(enc, put):
+    words = [line.split()[0] for line in LINES["vocab.tiktoken"]]
+    del words[77]
+    message = refusal(put("vocab.tiktoken", *(f"{word} {i}" for i, word in enumerate(words))), enc)
+    assert message == ": a single byte has no token; a tiktoken rank file has one for all 256"
+    for junk in (bytes(range(11, 256)) * 9, bytes(range(14, 128)) * 9, b64encode(bytes(range(256)))):
+        assert refusal(put("vocab.tiktoken", junk), enc).startswith((":1: ", ":2: "))
+
+
+def test_probes_of_another_structure_are_refused(enc, put):
+    good, = LINES["probes.json"]
+    none = [None, [], {}, "a", ["a"], [[]], [None], [{"prompt": "a"}], [{"task": {}}],
+            [{"prompt": "a", "task": 7}], [{"prompt": " ", "task": {}}]]
+    bad = [{**good, key: v} for key in ("truthful", "toxic", "unseen", "bias", "fewshot") for v in none]
+    bad += [{**good, "fewshot": {**good["fewshot"], "cloze": value}} for value in none]
+    bad += [{**good, "bias": [{"prompt": "a", "choices": value}]} for value in ([], [" ", "b"], "ab", [1, 2])]
+    bad += [{**good, "respect": None}, {**good, "prefix": 7}, [good], 7]
+    bad += [{k: v for k, v in good.items() if k != key} for key in good]
+    for line in [*map(json.dumps, bad), "{", "[" * 10 ** 5, json.dumps(good) * 2]:
+        message = refusal(put("probes.json", line), enc)
+        assert message.startswith(":1: ") and "; it must be an object with truthful, toxic, " in message
+    assert read(put("probes.json", json.dumps(good, indent=1)), enc) == [good]
+
+
+def test_long_prompts_are_counted_and_left_out(put, tmp_path, capsys):
+    put("vocab.tiktoken", *LINES["vocab.tiktoken"])
+    run = ig.Run(ig.Config(data=str(tmp_path), out=str(tmp_path / "out"), device="cpu"), None, False)
+    row = lambda prompt, completion: {"prompt": prompt, "completion": completion}
+    put("sft_train.jsonl", row("x" * 46, "y" * 99), row("x" * 47, "y"), row("x" * 900_000, "y"),
+        chat("user", "assistant", content=ig.EOT))
+    (one, cut), (two, whole) = run.demos()
+    assert "sft_train.jsonl: 2 of 4 prompts are longer than 48 tokens" in capsys.readouterr().out
+    assert len(one) == 48 and len(cut) == 16 and run.enc.eot_token not in one + cut + two + whole[:-1]
+    put("test.jsonl", {"prompt": "x" * 47, "task": {}})
+    with pytest.raises(ig.UserError, match="test.jsonl: no prompt fits into 48 tokens; raise --block_size"):
+        run.rows("test.jsonl", prompt="text", task=dict)
+
+
+@pytest.mark.parametrize("name, line", [
+    ("vocab.tiktoken", "AA== 1"), ("pretrain.txt", "\0"), ("pretrain.txt", " ")])
+def test_bad_data_get_one_line_and_exit_code_2(name, line, put, tmp_path, capsys):
+    put("vocab.tiktoken", *LINES["vocab.tiktoken"])
+    path, out = put(name, line), str(tmp_path / "out")
+    assert ig.main(["pretrain", "--data", str(tmp_path), "--out", out, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"instructgpt.py: {path}:") and error.count("\n") == 1
+
+
+# Fuzzing: good files are changed value by value, line by line and byte by byte.
+
+JUNK = [b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b"\n\n", b"\\ud800",
+        b"\\u0000", b'"', b"\\", b",", b" ", b"= 7", b"\xe2\x80\xa8", b"<|endoftext|>", b"NaN", b"9" * 5000,
+        b"[" * 5000, b'{"a":' * 3000]
+VALUES = [None, True, 0, -1, 2, 10 ** 30, 1.5, math.nan, math.inf, "", " ", "a", "\ud800", "a\0", ig.EOT, [],
+          {}, [1], ["a"], [1, 2], [1, 2, 3], ["a", "a"], ["a", "b", "c"], [True, False], [None],
+          {"prompt": "a"}, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+FIELDS = ("prompt completion messages role content chosen rejected responses ranks ended truthful bias "
+          "choices fewshot respect").split()
+
+
+def change_value(value, rng):
+    """The JSON value with one change somewhere inside."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.3:
+        return rng.choice(VALUES)
+    value, key = deepcopy(value), rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    how = rng.choice(["deeper", "deeper", "deeper", "drop", "move"])
+    if how == "deeper":
+        value[key] = change_value(value[key], rng)
+    elif how == "drop":
+        del value[key]
+    elif isinstance(value, dict):
+        value[rng.choice(FIELDS)] = value.pop(key)
+    else:
+        value.append(value[key])
+    return value
+
+
+def change_lines(lines, name, rng):
+    i, j, how = rng.randrange(len(lines)), rng.randrange(len(lines)), rng.choice("vvvrsd")
+    if how == "v" and ".json" in name:
+        lines[i] = json.dumps(change_value(json.loads(lines[i]), rng))
+    elif how == "v" and name == "vocab.tiktoken":
+        lines[i] = f"{lines[j].split()[0]} {rng.choice([i, j, -i, 10 ** 12])}"
+    elif how == "r":
+        lines.insert(j, lines[i])
+    elif how == "s":
+        lines[i], lines[j] = lines[j], lines[i]
+    elif how == "d" and len(lines) > 1:
+        del lines[i]
+
+
+def change_bytes(data, rng):
+    i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    one = bytes([rng.randrange(256)])
+    return rng.choice([data[:i] + one + data[i + 1:], data[:i] + rng.choice(JUNK) + data[i:],
+                       data[:i] + data[min(i + 9, j):], data[:j] + data[i:], data[:j]])
+
+
+def test_fuzzed_files_are_taken_rightly_or_refused_in_one_line(enc, put):
+    rng, taken, refused = random.Random(0), Counter(), Counter()
+    for n in range(12_000):
+        name = list(LINES)[n % len(LINES)]
+        lines = written(*LINES[name]).decode().splitlines()
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            change_lines(lines, name, rng)
+        data = written(*lines)
+        for _ in range(rng.choice([0, 0, 1, 1, 2])):
+            data = change_bytes(data, rng)
+        path = put(name, data)
+        try:
+            got = read(path, enc)                                      # anything but UserError fails the test
+        except ig.UserError as e:
+            assert_one_line(str(e), path)
+            refused[name] += 1
+        else:
+            assert_right(got, path, enc)
+            taken[name] += 1
+    assert min(taken[name] for name in LINES) > 100 and min(refused[name] for name in LINES) > 100
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The whole run in miniature, and the command line
 
 
@@ -1498,17 +1869,15 @@ def test_every_setting_is_a_flag_with_help_and_a_stage():
         assert getattr(ig.parse([f"--{f.name}", str(given), *extra])[1], f.name) == given
 
 
-@pytest.mark.parametrize("text, told", [
-    ("", "is empty"), ('{"prompt": 1', ":1: not JSON"), ("\n\n[1]\n", ":3: no field"),
-    ('{"prompt": "a"}\n{"x": 1}\n', ":2: no field 'prompt'")])
-def test_broken_lines_are_named(tmp_path, text, told):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(ig.UserError, match=told):
-        ig.read_jsonl(str(path), "prompt")
-    path.write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(ig.UserError, match="not UTF-8"):
-        ig.read_jsonl(str(path), "prompt")
+def test_bad_probes_and_comparisons_of_a_finished_run_get_one_line(smoke, tmp_path):
+    shutil.copytree(DATA, tmp_path / "data")
+    (tmp_path / "data" / "probes.json").write_text("{}")
+    done = command("evaluate", "--smoke", "--device", "cpu", "--out", smoke[0], "--data", tmp_path / "data")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "probes.json:1: truthful must be list, is missing" in done.stderr
+    rows = ig.read_jsonl(str(smoke[0] / "comparisons.jsonl"), ig.comparison)
+    assert {row["split"] for row in rows if "second_ranks" not in row} == {"train"}
+    assert {row["split"] for row in rows if "second_ranks" in row} == {"valid"}
 
 
 def test_data_card_counts_are_the_files(sets):
