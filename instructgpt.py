@@ -22,6 +22,7 @@ Read it beside the paper, top to bottom; you can stop after each section:
     Step 3                PPO and PPO-ptx, Eq. 2                                                  C.4
     Neighbours            DPO and KTO on one screen
     Evaluation            preference, truth, manners, bias, the alignment tax                     4
+    On a GPU              the sampler's step as a CUDA graph, bfloat16
     Command line          log, picture, stages, checkpoints, flags
 
 What differs from the paper, and why
@@ -65,14 +66,8 @@ import torch.nn.functional as F
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings (App. C). One line each: the toy's value, what it is, the paper's value. `stage` is the first stage
-# that reads it: changing it makes that stage and the later ones stale, never the earlier ones.
-
-STAGES = ["pretrain", "sft", "rm", "ppo", "evaluate"]
-
-
-class UserError(Exception):
-    """A mistake of the user's: printed as one line, exit code 2."""
-
+# (pretrain, sft, rm, ppo, evaluate) that reads it: changing it makes that stage and the later ones stale,
+# never the earlier ones; "run" makes none stale.
 
 class NotFinite(Exception):
     """A number became NaN or infinite: the run stops and says where."""
@@ -86,9 +81,9 @@ def setting(default, text, paper=None, stage="run"):
 @dataclass
 class Config:
     out: str = setting("out", "folder that the run writes to")
-    data: str = setting("", "folder with the data sets; empty: data/ beside this file")
+    data: str = setting("", "folder with the data sets; empty: data/ beside this file", stage="pretrain")
     device: str = setting("", "cpu, cuda or mps; empty: the best there is")
-    dtype: str = setting("float32", "or bfloat16 for matrix products, on a GPU that has it")
+    dtype: str = setting("float32", "or bfloat16, on a GPU that has it", stage="pretrain")
     save_every: float = setting(30.0, "seconds of training between two saves")
     micro_batch: int = setting(0, "rows at once in training, if a minibatch does not fit; 0: all")
     seed: int = setting(0, "every random draw follows from it; on one CPU equal numbers", stage="pretrain")
@@ -218,6 +213,8 @@ class Attention(nn.Module):
         self.n_head = c.n_head
 
     def forward(self, x, cache=None, slots=None, bias=None):
+        """x (B,T,C) -> (B,T,C). Decoding, T is 1: the cache (2,B,H,its T,C/H) holds keys and values so far,
+        slots (B,H) are the places in it for the new ones, bias (B,1,1,width) hides what comes later."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B,T,3,H,C/H)
         qkv = qkv.permute(2, 0, 3, 1, 4)                                        # (3,B,H,T,C/H)
@@ -266,7 +263,7 @@ class GPT(nn.Module):
                     p.data = p.data.t().contiguous().t()
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.kept = {}                                     # of the rollout: CUDA graphs and their buffers
+        self.kept = {}                                     # the rollout's, on a GPU: see capture()
         self.head = nn.Linear(c.n_embd, 1) if head == "scalar" else None
         if self.head:
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(c.n_embd + 1))  # Stiennon et al. 2020
@@ -285,7 +282,7 @@ class GPT(nn.Module):
             _, B, H, T, _ = cache[0].shape
             slots = torch.arange(B * H, device=tokens.device).view(B, H) * T + position            # (B,H)
             later = torch.arange(width, device=tokens.device) > position        # (B,width)
-            bias = (-1e30 * later[:, None, None]).to(cache[0].dtype)            # (B,1,1,width)
+            bias = (-1e30 * later[:, None, None]).to(cache[0].dtype)            # (B,1,1,width) for all layers
         x = self.wte(tokens) + self.wpe(position)                               # (B,T,C)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[i], slots, bias)
@@ -323,10 +320,10 @@ def freeze(model):
 
 # ------------------------------------------------------------------------------------------------------------
 # Rollout (C.4). The whole batch decodes together, one token a step, prompts of any length: every row
-# keeps its own position in a cache of fixed size, so no shape need change between steps and nothing waits
-# for the host. Random numbers are drawn before the loop, and a token is picked by walking its row's
-# cumulative distribution: on a CPU ten times cheaper than torch.multinomial, and the same numbers give
-# every model the same luck.
+# keeps its own position in a cache of fixed size. So no shape need change between steps and no step waits
+# for the host, and a GPU can replay the step as a graph ("On a GPU", below). Random numbers are drawn before
+# the loop, and a token is picked by walking its row's cumulative distribution: on a CPU ten times cheaper
+# than torch.multinomial, and the same numbers give every model the same luck.
 
 @dataclass
 class Rollout:
@@ -374,29 +371,6 @@ def decode_step(policy, s, width, eos, temperature):
     s["step"] += 1
 
 
-def capture(policy, s, *how):
-    """decode_step as a CUDA graph: its hundreds of small kernels are recorded once and started together by
-    each replay(), for the GPU is done with one before the host has started the next. A graph reads and writes
-    the same memory always: buffers are filled anew and weights are trained in place."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        decode_step(policy, s, *how)                       # libraries set themselves up outside of the record
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph, stream=side):
-        decode_step(policy, s, *how)
-    return graph
-
-
-def low_precision(policy):
-    """The policy's bfloat16 copy, refreshed in place: a step reads every weight once, now half as long."""
-    low = policy.kept.get("bfloat16") or copy_of(policy).to(torch.bfloat16)
-    for a, p in zip(low.parameters(), policy.parameters()):
-        a.copy_(p)
-    policy.kept["bfloat16"] = low
-    return low
-
-
 @torch.no_grad()
 def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=None, graphs=None):
     """Samples one response to each prompt.
@@ -410,17 +384,14 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     T, block, n = P + max_new_tokens, policy.config.block_size, max_new_tokens
     if T > block or min(map(len, prompts)) == 0:
         raise ValueError(f"a prompt needs 1 to {block - n} tokens: {n} more must fit the block of {block}")
-    if torch.is_autocast_enabled(device.type):
-        policy = low_precision(policy)
+    policy = low_precision(policy) if torch.is_autocast_enabled(device.type) else policy
     with torch.autocast(device.type, enabled=False):       # its casts would be done again at every step
-        graphs = device.type == "cuda" if graphs is None else graphs
-        width = min(block, -(-T // 16) * 16) if graphs else T                   # few shapes, aligned rows
-        key = B, width, n, eos, temperature
-        s, graph = graphs and policy.kept.get(key) or (new_state(policy, B, width, n), None)
-        if graphs and not graph:
-            graph = capture(policy, s, width, eos, temperature)
-            policy.kept = {**dict([*policy.kept.items()][-7:]), key: (s, graph)}               # eight at most
-        tokens = stack(prompts, [[0] * (width - len(p)) for p in prompts], device)[0]          # (B,width)
+        width, graph = T, None
+        if device.type == "cuda" if graphs is None else graphs:
+            width = min(block, math.ceil(T / 16) * 16)     # few shapes, aligned rows
+            s, graph = captured(policy, B, width, n, eos, temperature)
+        s = s if graph else new_state(policy, B, width, n)
+        tokens, _, _ = stack(prompts, [[0] * (width - len(p)) for p in prompts], device)       # (B,width)
         lens = torch.tensor([len(p) for p in prompts], device=device)           # (B,)
         luck = torch.rand(n, B, generator=generator, device=device)             # (n,B)
         for name, value in dict(tokens=tokens, at=lens[:, None] - 1, uniforms=luck, step=0, alive=True,
@@ -463,7 +434,7 @@ def whiten(x, mask):
 def token_logprobs(model, tokens, temperature=1.0, mask=None):
     """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). Log-softmax in float32 whatever the model's type.
     The temperature is the sampler's: what is scored must be what was sampled from. With a mask (B,T-1) only
-    its N entries meet the vocabulary, the dearest layer; elsewhere stands 0."""
+    its N entries meet the vocabulary, the dearest layer, and go back to their places; elsewhere stands 0."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]                             # (B,T-1) each
     if mask is None:
         logits = model(inputs)                                                  # (B,T-1,V)
@@ -598,18 +569,19 @@ def finite(name, x):
 
 def adamw(model, lr):
     """Adam with the paper's betas (App. C)."""
-    fused = model.wte.weight.device.type != "mps"
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
+                             fused=model.wte.weight.device.type != "mps")
 
 
 def accumulate(loss, weights, size=0):
     """Backward of a mean over B rows, `size` of them at a time (0: all) where not all fit at once. loss(slice
-    of rows) is the mean over a part; weights (B,) say what a row counts in it, its tokens perhaps. Returns
-    the mean over all."""
+    of rows) is the mean over a part; weights (B,) say what a row counts in it: in SFT its response tokens, in
+    pretraining 1. Returns the mean over all."""
     total, size = 0., size or len(weights)
     for rows in (slice(start, start + size) for start in range(0, len(weights), size)):
         part = loss(rows) * (weights[rows].sum() / weights.sum())
-        finite("the loss", part).backward()
+        with torch.autocast(part.device.type, enabled=False):  # backward knows its types from the forward
+            finite("the loss", part).backward()
         total += part.detach()
     return total
 
@@ -618,10 +590,10 @@ def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that are there, clipped at norm 1."""
     try:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-    except RuntimeError:
+    except RuntimeError as e:
         for name, p in model.named_parameters():
             finite(f"the gradient of {name}", p.grad)
-        raise
+        raise NotFinite(f"the gradient: {e}") from e
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -636,8 +608,6 @@ def pretrain(cfg, enc, corpus, device, log):
     """A GPT trained from nothing on the corpus: next-token loss, warm-up and cosine."""
     generator, steps = seed(cfg, "pretrain"), cfg.pretrain_steps
     gpt = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
-    print(f"pretrain: {sum(p.numel() for p in gpt.parameters()):,} parameters, vocabulary of {enc.n_vocab}, "
-          f"{len(corpus[0]):,} tokens of text")
     optimizer = adamw(gpt, cfg.pretrain_lr)
     for step in log.steps("pretrain", steps, model=gpt, optimizer=optimizer, generator=generator):
         rows = corpus_batch(corpus, cfg.pretrain_batch, cfg.block_size, generator, device)     # (B,block)
@@ -714,15 +684,14 @@ def collect(cfg, enc, policy, rows, world, generator, rng, log, size=512):
             if p["split"] == "valid":
                 c["second_ranks"] = world.rank(two, merits, texts, rng)
             out.append(c)
-        ends = [end for c in out[-len(plan[step]):] for end in c["ended"]]
-        log("collect", step + 1, len(plan), prompts=len(out), ended=sum(ends) / len(ends))
+        log("collect", step + 1, len(plan), prompts=len(out))
     return out
 
 
 def encode_comparison(enc, c, longest):
     """A comparison -> (prompt ids, K lists of at most `longest` response ids, K ranks). Of equal
     texts only the first is kept (rank 0 for the others): a pair of them would teach noise. Without
-    an end there is no EOS."""
+    an end there is no EOS, but where there is nothing else, as a score must be read somewhere."""
     encoded = zip([encode_response(enc, text) for text in c["responses"]], c["ended"])
     responses = [(r if end else r[:-1])[:longest] or [enc.eot_token] for r, end in encoded]
     ranks = [0 if responses.index(r) < i else rank for i, (r, rank) in enumerate(zip(responses, c["ranks"]))]
@@ -747,10 +716,12 @@ def train_reward_model(cfg, enc, model, comparisons, demos, device, log):
     data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
     lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
-    plan, size = epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator), -(-cfg.micro_batch // cfg.k_max)
+    plan = epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
+    size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, of up to k_max rows each
     for step in log.steps("rm", len(plan), model=reward_model, optimizer=optimizer):
-        loss = accumulate(lambda rows: reward_loss(*score_comparisons(          # scores and ranks, (B,K) each
-            reward_model, [data[i] for i in plan[step][rows]], device)), torch.ones(len(plan[step])), size)
+        batch = [data[i] for i in plan[step]]
+        eq1 = lambda i: reward_loss(*score_comparisons(reward_model, batch[i], device))
+        loss = accumulate(eq1, torch.ones(len(batch)), size)
         clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, len(plan)))
         log("rm", step + 1, len(plan), loss=loss.item())
     normalise_reward(reward_model, demos, device)
@@ -777,20 +748,22 @@ def normalise_reward(reward_model, demos, device):
 
 def by_length(f, r, lengths, size=64):
     """f applied to rows of about one length at a time, cut to the longest, its result put back in place: f
-    maps tokens (b,t), mask (b,t-1) and lengths (b,) to (b,) or to (b,t-1), which stays 0 beyond t-1."""
+    maps tokens (b,t), mask (b,t-1) and lengths (b,) to (b,), one number a row, or to (b,t-1), which stays 0
+    beyond t-1."""
     out = None
     for rows in lengths.argsort().split(size):                                  # (b,)
         t = int(lengths[rows].max())
         y = f(r.tokens[rows, :t], r.mask[rows, :t - 1], lengths[rows])
         out = y.new_zeros(len(lengths), *r.mask.shape[1:y.ndim]) if out is None else out
-        out[(rows, slice(t - 1))[:y.ndim]] = y
+        out[(rows, slice(t - 1))[:y.ndim]] = y             # out[rows] = y or out[rows, :t - 1] = y
     return out
 
 
 @torch.no_grad()
 def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompts, generator):
     """A batch of episodes with all that the update needs, each computed once."""
-    # 1. Sample with the current policy: these log-probs are those of pi_old.
+    # 1. Sample with the current policy: these log-probs are those of pi_old (in bfloat16 too, rounded as
+    # they were sampled from).
     start = time.time()
     r = rollout(policy, prompts, cfg.max_new_tokens, enc.eot_token, cfg.temperature, generator)
     seconds, length = time.time() - start, r.prompt_lens + r.mask.sum(1)        # (B,)
@@ -818,7 +791,7 @@ def cut(e, rows, *names):
 def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
     """One minibatch of the episodes e, and as many rows of pretraining text as Eq. 2 wants: an optimizer step
     for the policy and one for the value net. Returns numbers to log."""
-    weights, changes = e["mask"][rows].sum(1), []                               # (b,) response tokens
+    weights, changes = e["mask"][rows].sum(1), []          # (b,) response tokens; log pi/pi_old of each
 
     def surrogate(i):
         tokens, mask, old, advantages = cut(e, rows[i], "mask", "logprobs", "advantages")
@@ -1120,6 +1093,49 @@ def picture(results, history):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# On a GPU: what the rollout does there to be fast. Nothing of it runs on a CPU.
+
+
+def captured(policy, B, T, n, eos, temperature):
+    """The buffers and the CUDA graph of decode_step for this shape, kept on the policy; (None, None) for a
+    fifth shape, which goes without, as each keeps a cache alive."""
+    key = B, T, n, eos, temperature                        # a graph has all of these built in
+    if key not in policy.kept and len(policy.kept) < 4:
+        s = new_state(policy, B, T, n)
+        policy.kept[key] = s, capture(policy, s, T, eos, temperature)
+    return policy.kept.get(key, (None, None))
+
+
+def capture(policy, s, *how):
+    """decode_step as a CUDA graph: its hundreds of small kernels are recorded once and started together by
+    each replay(), for the GPU is done with one before the host has started the next. A graph reads and writes
+    the same memory always: buffers are filled anew and weights are trained in place."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        decode_step(policy, s, *how)                       # libraries set themselves up outside of the record
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph, stream=side):
+        decode_step(policy, s, *how)
+    return graph
+
+
+def low_precision(policy):
+    """The policy's bfloat16 copy, refreshed in place: a step reads every weight once, now half as long."""
+    low = policy.kept.get("bfloat16") or copy_of(policy).to(torch.bfloat16)
+    for a, p in zip(low.parameters(), policy.parameters()):
+        a.copy_(p)
+    policy.kept["bfloat16"] = low
+    return low
+
+
+def precision(device, dtype):
+    """Matrix products in bfloat16, if asked for; weights, sums and losses stay float32, but in the sampler's
+    copy. Autocast's cache must be off: it would keep the weights' first casts for as long as this lasts."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line: the log, stages with their checkpoints, flags.
 
 LEGEND = """
@@ -1158,18 +1174,19 @@ class Log:
                 done, start = part["step"], start - part["seconds"]
                 for k, x in state.items():
                     unpack(x, part["state"][k])
-                torch.set_rng_state(part["rng"])
+                torch.set_rng_state(part["rng"]), torch.cuda.set_rng_state_all(part["cuda"])
             self.earlier += part["seconds"]
             print(f"{name}: goes on after step {done} of {n}")
-        saved, self.busy = time.time(), True
+        saved, self.busy, self.kept = time.time(), True, done
         for self.step in range(done, n):
             yield self.step
-            if self.stop or self.step == n - 1 or time.time() - saved >= self.cfg.save_every:
-                save(path, {"format": FORMAT, "settings": self.settings, "step": self.step + 1, "rng":
-                            torch.get_rng_state(), "seconds": time.time() - start, "state":
-                            {k: pack(x) for k, x in state.items()}})
-                saved = time.time()
-            if self.stop:
+            stop = self.stop
+            if stop or self.step == n - 1 or time.time() - saved >= self.cfg.save_every:
+                save(path, {"format": FORMAT, "settings": self.settings, "step": self.step + 1,
+                            "seconds": time.time() - start, "state": {k: pack(x) for k, x in state.items()},
+                            "rng": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()})
+                saved, self.kept = time.time(), self.step + 1
+            if stop:
                 raise KeyboardInterrupt
         self.busy = False
 
@@ -1201,7 +1218,7 @@ class Log:
         if iteration == 0:
             print(f"\n{name}: beta {cfg.beta}, ptx_coef {cfg.ptx_coef if name == 'ppo_ptx' else 0}; "
                   f"{LEGEND}\nfirst minibatch: max |log-prob - rollout log-prob| = "
-                  f"{numbers[0]['change']:.1e} (must be rounding)")
+                  f"{numbers[0]['change']:.1e} (rounding: below 1e-4, in bfloat16 below 0.3)")
             self.ledger(cfg, e)
         line = {"score": e["scores"].mean().item(), "gold": mean(golds),
                 "k1": a_row(kl_k1(e["logprobs"], e["ref_logprobs"])),
@@ -1237,7 +1254,12 @@ class Log:
               flush=True)
 
 
+class UserError(Exception):
+    """A mistake of the user's: printed as one line, exit code 2."""
+
+
 FORMAT = 1                                       # of the checkpoints
+STAGES = ["pretrain", "sft", "rm", "ppo", "evaluate"]
 # checkpoint -> stage; name in the results -> checkpoint
 STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo"}
 MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
@@ -1443,7 +1465,7 @@ class Run:
     """The models of one output folder: `model(name)` loads a finished one, or trains it and what it needs."""
 
     def __init__(self, cfg, source, fresh):
-        self.cfg, self.source, self.fresh = cfg, source, fresh
+        self.cfg, self.source = cfg, source
         self.models, self.corpora, self.seconds = {}, {}, {}
         self.device = find_device(cfg.device, cfg.dtype)
         if self.device.type == "cuda":
@@ -1453,12 +1475,16 @@ class Run:
         self.world = toyworld(self.data)
         os.makedirs(cfg.out, exist_ok=True)
         self.log = Log(cfg, self.enc, self.world)
-        for file in os.listdir(cfg.out) if fresh else []:
-            if file.endswith(".part"):
-                os.remove(self.path(file))
+        if fresh:
+            self.remove([n + end for n in STAGE_OF for end in (".pt", ".part")] +
+                        ["collect.part", "comparisons.jsonl", "log.jsonl"])
 
     def path(self, name, folder=None):
         return os.path.join(folder or self.cfg.out, name)
+
+    def remove(self, names):
+        for path in filter(os.path.exists, map(self.path, names)):
+            os.remove(path)
 
     def rows(self, name, *normal, **needed):
         """A data set without the prompts that leave no room for a response (as in App. C); says how many.
@@ -1480,9 +1506,16 @@ class Run:
         return self.corpora[name]
 
     def demos(self):
-        return [(encode_prompt(self.enc, p["prompt"]),
-                 encode_response(self.enc, p["completion"])[:self.cfg.max_new_tokens])
-                for p in self.rows("sft_train.jsonl", demonstration)]
+        """Demonstrations as ids; those whose response is too long to be sampled are left out and counted."""
+        every = [(encode_prompt(self.enc, p["prompt"]), encode_response(self.enc, p["completion"]))
+                 for p in self.rows("sft_train.jsonl", demonstration)]
+        fit = [d for d in every if len(d[1]) <= self.cfg.max_new_tokens]
+        if not fit:
+            raise UserError("sft_train.jsonl: no completion fits into --max_new_tokens; raise it")
+        if len(fit) < len(every):
+            print(f"sft_train.jsonl: {len(every) - len(fit)} of {len(every)} completions are longer than "
+                  f"{self.cfg.max_new_tokens} tokens and left out")
+        return fit
 
     def settings(self, name):
         """The settings that a model's stage and those before it read."""
@@ -1493,7 +1526,7 @@ class Run:
     def finished(self, name):
         """A finished model's checkpoint, or None. One of other settings in --out stops the run and says the
         way out; one of equal settings in --from is copied."""
-        for folder in ([] if self.fresh else [self.cfg.out]) + ([self.source] if self.source else []):
+        for folder in filter(None, (self.cfg.out, self.source)):
             path = self.path(name + ".pt", folder)
             if not os.path.exists(path):
                 continue
@@ -1518,6 +1551,7 @@ class Run:
         """The model of this name, trained if it is not there yet."""
         if name not in self.models:
             c = self.finished(name) or self.train(name)
+            self.remove([name + ".part"] + ["collect.part"] * (name == "rm"))
             with reading(self.path(name + ".pt")):
                 self.models[name] = GPT(GPTConfig(**c["config"]), head=c["head"]).to(self.device)
                 self.models[name].load_state_dict(c["weights"])
@@ -1547,11 +1581,9 @@ class Run:
         c = {"format": FORMAT, "settings": self.settings(name), "config": asdict(model.config),
              "seconds": seconds, "head": "scalar" if model.head else "lm", "weights": model.state_dict()}
         save(self.path(name + ".pt"), c)
-        for part in (self.path(n + ".part") for n in [name] + ["collect"] * (name == "rm")):
-            if os.path.exists(part):
-                os.remove(part)
-        print(f"{name}: {seconds[name]:.0f} s, at most {peak_memory(self.device) / 1e9:.2f} GB of memory, "
-              f"written to {self.path(name + '.pt')}\n", flush=True)
+        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {seconds[name]:.0f} s, "
+              f"{peak_memory(self.device) / 1e9:.2f} GB of memory at most; {self.path(name + '.pt')}\n",
+              flush=True)
         return c
 
     def collect(self, model):
@@ -1604,15 +1636,9 @@ def find_device(name, dtype="float32"):
     name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
     if name not in there:
         raise UserError(f"--device {name}: not there; this machine has {', '.join(there)}")
-    if dtype == "bfloat16" and not ("cuda" in name and torch.cuda.is_bf16_supported(False)):
+    if dtype == "bfloat16" and not ("cuda" in name and torch.cuda.get_device_capability(name)[0] >= 8):
         raise UserError(f"--dtype {dtype}: only on a CUDA GPU that has it (Ampere or newer); use float32")
     return torch.device(name)
-
-
-def precision(device, dtype):
-    """Matrix products in bfloat16, if asked for; weights, sums and losses stay float32. Autocast's cache must be
-    off: it would keep the first weights' copies as long as this context lasts, the whole run."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
 
 
 def peak_memory(device):
@@ -1699,14 +1725,14 @@ def main(argv=None):
         print(f"instructgpt.py: {e}{kept}", file=sys.stderr)
         return 2
     except NotFinite as e:
-        part = os.path.join(cfg.out, run.log.name + ".part")
-        good = f"the last good state is {part}" if os.path.exists(part) else "it had not been saved yet"
+        part = run.path(run.log.name + ".part")
+        good = f"the last good state is {part}" if os.path.exists(part) else "nothing had been saved yet"
         print(f"instructgpt.py: {run.log.name}, step {run.log.step + 1}: {e}; {good}; lower this stage's "
-              "learning rate and start it over (--fresh, or --from)", file=sys.stderr)
+              f"learning rate and begin it again: --from {cfg.out} --out NEW", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        at = f" after {run.log.name}, step {run.log.step + run.log.stop}" if run and run.log.busy else ""
-        print(f"stopped{at}; the same command goes on from the last save", file=sys.stderr)
+        at = f"{run.log.name}, step {run.log.kept}" if run and run.log.busy else "the last finished stage"
+        print(f"stopped; the same command, without --fresh, goes on after {at}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGINT, before)

@@ -495,22 +495,31 @@ class Graph:
         self.replay = lambda: ig.decode_step(policy, s, width, eos, temperature)
 
 
+def assert_same_rollout(a, b):
+    assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in vars(a) if k != "logprobs")
+    close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
+
+
 def test_section_c4_graph_and_eager_agree_token_for_token(monkeypatch):
     monkeypatch.setattr(ig, "capture", Graph)
-    model, Graph.made, same = tiny(block=36), 0, ("tokens", "mask", "logprobs", "prompt_lens", "ended")
+    model, Graph.made = tiny(block=36), 0
     for step, prompts in enumerate([PROMPTS, PROMPTS[::-1], [[5], [4, 3], [2], [1, 8]], PROMPTS * 2]):
         for n in (9, 10):                                              # other prompts and weights, old buffers
-            a = ig.rollout(model, prompts, n, EOS, 1.0, seeded(step), graphs=True)
-            b = ig.rollout(model, prompts, n, EOS, 1.0, seeded(step), graphs=False)
-            assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in same if k != "logprobs")
-            close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
+            assert_same_rollout(*(ig.rollout(model, prompts, n, EOS, 1.0, seeded(step), graphs=g)
+                                  for g in (True, False)))
         with torch.no_grad():
             move(model, seed=step)
     assert Graph.made == 4                                             # B of 4 or 8, n of 9 or 10; T is 16
-    ig.rollout(model, [[1] * 30], 6, EOS, 1.0, seeded(0), graphs=True)                 # 36, clamped to the block
-    for eos in range(20, 40):
-        ig.rollout(model, PROMPTS, 2, eos, 1.0, seeded(0), graphs=True)
-    assert len(model.kept) == 8 and set(model.state_dict()) == set(tiny().state_dict())
+    assert_same_rollout(*(ig.rollout(model, [[1] * 30], 6, EOS, 1.0, seeded(0), graphs=g) for g in (1, 0)))
+    assert len(model.kept) == Graph.made == 4                          # a fifth shape goes without a graph
+    assert set(model.state_dict()) == set(tiny().state_dict())
+
+
+def test_section_c4_graph_of_a_block_that_is_no_multiple_of_16(monkeypatch):
+    monkeypatch.setattr(ig, "capture", Graph)
+    model = tiny(block=36)
+    assert_same_rollout(*(ig.rollout(model, [[1] * 30, [2]], 6, EOS, 1.0, seeded(0), graphs=g) for g in (1, 0)))
+    assert [key[1] for key in model.kept] == [36]
 
 
 def test_section_c4_results_of_a_graph_outlive_its_next_replay(monkeypatch):
@@ -1673,11 +1682,17 @@ def test_long_prompts_are_counted_and_left_out(put, tmp_path, capsys):
     put("vocab.tiktoken", *LINES["vocab.tiktoken"])
     run = ig.Run(ig.Config(data=str(tmp_path), out=str(tmp_path / "out"), device="cpu"), None, False)
     row = lambda prompt, completion: {"prompt": prompt, "completion": completion}
-    put("sft_train.jsonl", row("x" * 46, "y" * 99), row("x" * 47, "y"), row("x" * 900_000, "y"),
-        chat("user", "assistant", content=ig.EOT))
-    (one, cut), (two, whole) = run.demos()
-    assert "sft_train.jsonl: 2 of 4 prompts are longer than 48 tokens" in capsys.readouterr().out
-    assert len(one) == 48 and len(cut) == 16 and run.enc.eot_token not in one + cut + two + whole[:-1]
+    put("sft_train.jsonl", row("x" * 46, "y" * 14), row("x" * 47, "y"), row("x" * 900_000, "y"),
+        row("x", "y" * 15), chat("user", "assistant", content=ig.EOT))
+    (one, full), (two, whole) = run.demos()
+    said = capsys.readouterr().out
+    assert "sft_train.jsonl: 2 of 5 prompts are longer than 48 tokens" in said
+    assert "sft_train.jsonl: 1 of 3 completions are longer than 16 tokens" in said
+    assert len(one) == 48 and len(full) == 16 and full[-1] == whole[-1] == run.enc.eot_token
+    assert run.enc.eot_token not in one + full[:-1] + two + whole[:-1]
+    put("sft_train.jsonl", row("x", "y" * 15))
+    with pytest.raises(ig.UserError, match="sft_train.jsonl: no completion fits into --max_new_tokens"):
+        run.demos()
     put("test.jsonl", {"prompt": "x" * 47, "task": {}})
     with pytest.raises(ig.UserError, match="test.jsonl: no prompt fits into 48 tokens; raise --block_size"):
         run.rows("test.jsonl", prompt="text", task=dict)
@@ -1872,7 +1887,12 @@ def test_every_setting_is_a_flag_with_help_and_a_stage():
 def test_bad_probes_and_comparisons_of_a_finished_run_get_one_line(smoke, tmp_path):
     shutil.copytree(DATA, tmp_path / "data")
     (tmp_path / "data" / "probes.json").write_text("{}")
-    done = command("evaluate", "--smoke", "--device", "cpu", "--out", smoke[0], "--data", tmp_path / "data")
+    for path in shutil.copytree(smoke[0], tmp_path / "out") and (tmp_path / "out").glob("*.pt"):
+        c = ig.load(str(path))
+        c["settings"]["data"] = str(tmp_path / "data")                 # as if it had been trained on these
+        torch.save(c, path)
+    done = command("evaluate", "--smoke", "--device", "cpu", "--out", tmp_path / "out", "--data",
+                   tmp_path / "data")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "probes.json:1: truthful must be list, is missing" in done.stderr
     rows = ig.read_jsonl(str(smoke[0] / "comparisons.jsonl"), ig.comparison)
@@ -1964,13 +1984,25 @@ def test_same_command_twice_gives_the_same_numbers_and_fresh_starts_over(whole, 
     assert_same_run(whole, out)
 
 
+def test_fresh_leaves_nothing_of_the_old_run_and_finished_stages_no_parts(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("mine.pt", "rm.part", "sft.part"):
+        shutil.copy(out / "rm.pt", out / name)
+    assert command("sft", *TINY, "--out", out).returncode == 0
+    assert not (out / "sft.part").exists() and (out / "rm.part").exists()          # rm was not looked at
+    assert command("pretrain", *TINY, "--out", out, "--fresh").returncode == 0
+    assert sorted(p.name for p in out.glob("*.p*t*")) == ["mine.pt", "pretrain.pt"]
+    assert {json.loads(line)["stage"] for line in open_lines(out / "log.jsonl")} == {"pretrain"}
+
+
 def test_interrupt_saves_says_where_and_goes_on(whole, tmp_path):
     out = tmp_path / "out"
     with running(out, "pretrain", *TINY, "--save_every", 1e9) as process:          # only Ctrl-C saves
         until_it_logs(process, out)
         process.send_signal(signal.SIGINT)
     step, said = ig.load(str(out / "pretrain.part"))["step"], (tmp_path / "out.err").read_text()
-    assert process.returncode == 130 and 10 <= step < 40 and f"stopped after pretrain, step {step}" in said
+    assert process.returncode == 130 and 10 <= step < 40 and f"goes on after pretrain, step {step}" in said
     again = command("pretrain", *TINY, "--out", out)
     assert again.returncode == 0 and f"pretrain: goes on after step {step} of 40" in again.stdout
     x, y = (ig.load(str(o / "pretrain.pt"))["weights"] for o in (out, whole))
