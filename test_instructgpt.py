@@ -413,6 +413,13 @@ def test_section_c4_response_without_end_and_with_its_end_at_the_limit():
     assert again.ended[b] and again.responses()[b] == r.responses()[b]
 
 
+def test_section_c4_steps_end_with_the_last_row_and_see_the_filled_part_only(monkeypatch):
+    model, step, widths = tiny(), ig.decode_step, []
+    monkeypatch.setattr(ig, "decode_step", lambda *how: widths.append(how[2]) or step(*how))
+    ig.rollout(model, [PROMPTS[1]] * 3, 12, first_pick(model, PROMPTS[1]), 0)  # all end at their first token
+    assert 0 < len(widths) < 12 and widths == list(range(5, 5 + len(widths)))  # one more a step
+
+
 @pytest.mark.parametrize("prompts", [[[1]], [[1], [2, 3, 4, 5, 6, 7]]], ids=["one token", "unequal"])
 def test_section_c4_block_may_be_filled_but_not_exceeded(prompts):
     model, room = tiny(block=12), 12 - max(map(len, prompts))
@@ -451,6 +458,11 @@ def test_section_c4_pick_walks_the_distribution_and_leaves_the_logits():
     assert token.tolist() == [1, 1, 2, 2, 2] and torch.equal(logits, before)
     close(logprob, torch.full((5,), math.log(0.5)))
     assert ig.pick(normal(5, 4), u, 0)[0].tolist() == normal(5, 4).argmax(-1).tolist()
+
+
+def test_section_c4_pick_stays_in_the_vocabulary_when_the_logits_are_nan():
+    token, logprob = ig.pick(torch.full((2, 4), math.nan), torch.tensor([0., 0.9]), 1.0)
+    assert token.max() < 4 and logprob.isnan().all()                   # NaN goes on to where it is named
 
 
 class Tape(TorchDispatchMode):
@@ -520,6 +532,14 @@ def test_section_c4_graph_of_a_block_that_is_no_multiple_of_16(monkeypatch):
     model = tiny(block=36)
     assert_same_rollout(*(ig.rollout(model, [[1] * 30, [2]], 6, EOS, 1.0, seeded(0), graphs=g) for g in (1, 0)))
     assert [key[1] for key in model.kept] == [36]
+
+
+@pytest.mark.parametrize("n, width", [(11, 16), (12, 32), (27, 32), (28, 40), (35, 40)])
+def test_section_c4_graph_has_the_fewest_columns_of_16_or_the_block(monkeypatch, n, width):
+    made = []
+    monkeypatch.setattr(ig, "capture", lambda policy, s, *how: made.append(how) or Graph(policy, s, *how))
+    r = ig.rollout(tiny(block=40), PROMPTS, n, EOS, 1.0, seeded(0), graphs=True)
+    assert made == [(width, EOS, 1.0)] and r.tokens.size(1) == 5 + n   # the longest prompt has five
 
 
 def test_section_c4_results_of_a_graph_outlive_its_next_replay(monkeypatch):
@@ -1332,6 +1352,20 @@ def test_section_c4_what_is_scored_is_what_was_sampled_from(enc, sets, small_cor
     assert log.iterations[0][1][0]["change"] < 1e-5
     e = log.iterations[0][0]
     close(e["logprobs"][e["mask"]], e["ref_logprobs"][e["mask"]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_section_c4_rows_scored_by_length_come_back_in_their_places(size):
+    model = tiny()
+    r = ig.rollout(model, PROMPTS * 6, 12, EOS, 1.0, seeded(1))
+    lengths = r.prompt_lens + r.mask.sum(1)
+
+    def logprobs(tokens, mask, n):
+        assert len(n) <= size and n.max() == tokens.size(1) == mask.size(1) + 1        # no filler for all
+        return ig.token_logprobs(model, tokens, 1.0, mask)
+    with torch.no_grad():
+        close(ig.by_length(logprobs, r, lengths, size), r.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(ig.by_length(lambda tokens, mask, n: n, r, lengths, size), lengths)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
