@@ -1246,10 +1246,10 @@ class Log:
         show = lambda ids: repr(self.enc.decode(ids.tolist()))
         heads = ("log pi", "log ref", "KL rew.", "reward", "value", "advantage", "return")
         print(f"\n  Episode ledger: {show(e['tokens'][row, :e['length'][row]])}, "
-              f"score {e['scores'][row]:.3f}\n  {'':14}" + "".join(f"{x:>9}" for x in heads))
+              f"score {e['scores'][row]:.3f}\n  {'':14}" + "".join(f"{x:>11}" for x in heads))
         for t in e["mask"][row].nonzero()[:, 0].tolist():
             cells = [(kl if k == "kl" else e[k])[row, t].item() for k in names]
-            print(f"  {show(e['tokens'][row, t + 1:t + 2]):>14}" + "".join(f"{x:9.3f}" for x in cells))
+            print(f"  {show(e['tokens'][row, t + 1:t + 2]):>14}" + "".join(f"{x:11.3f}" for x in cells))
         print("  The rewards add up to score - beta * log pi/ref. The advantage is before whitening.\n",
               flush=True)
 
