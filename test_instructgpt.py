@@ -1,7 +1,7 @@
 """
 One test per formula of instructgpt.py, named after its equation or section of the paper (arXiv 2203.02155).
 
-    pytest -q test_instructgpt.py                 all of them, about a minute
+    pytest -q test_instructgpt.py                 all of them, about two minutes
     pytest -q test_instructgpt.py -k eq1          those of Eq. 1
     pytest -q test_instructgpt.py -k gae -x       one formula, to the first failure
     python test_instructgpt.py bench              no test: how fast each part is here, in two minutes (--help)
@@ -490,7 +490,7 @@ def test_section_c4_decode_step_keeps_its_shapes_and_never_waits_for_the_host(mo
     monkeypatch.undo()
     assert len(tapes) > 4 and len(tapes[0]) > 30 and all(tape == tapes[0] for tape in tapes)
     waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "aten.equal", "masked_select", "_to_copy",
-             "scalar_tensor", "lift_fresh")                            # a number made a tensor is a copy from the host
+             "scalar_tensor", "lift_fresh")                            # numbers made tensors: copies from the host
     assert not [name for name, _ in tapes[0] if any(w in name for w in waits)]
     narrow = ig.rollout(tiny(), PROMPTS, 7, EOS, 1.0, seeded(1))       # the filled part only, as on a CPU
     assert torch.equal(got.tokens, narrow.tokens)
@@ -516,7 +516,7 @@ def test_section_c4_graph_and_eager_agree_token_for_token(monkeypatch):
     monkeypatch.setattr(ig, "capture", Graph)
     model, Graph.made = tiny(block=36), 0
     for step, prompts in enumerate([PROMPTS, PROMPTS[::-1], [[5], [4, 3], [2], [1, 8]], PROMPTS * 2]):
-        for n in (9, 10):                                              # other prompts and weights, old buffers
+        for n in (9, 10):                                              # new prompts and weights, old buffers
             assert_same_rollout(*(ig.rollout(model, prompts, n, EOS, 1.0, seeded(step), graphs=g)
                                   for g in (True, False)))
         with torch.no_grad():
@@ -530,7 +530,8 @@ def test_section_c4_graph_and_eager_agree_token_for_token(monkeypatch):
 def test_section_c4_graph_of_a_block_that_is_no_multiple_of_16(monkeypatch):
     monkeypatch.setattr(ig, "capture", Graph)
     model = tiny(block=36)
-    assert_same_rollout(*(ig.rollout(model, [[1] * 30, [2]], 6, EOS, 1.0, seeded(0), graphs=g) for g in (1, 0)))
+    assert_same_rollout(*(ig.rollout(model, [[1] * 30, [2]], 6, EOS, 1.0, seeded(0), graphs=g)
+                          for g in (True, False)))
     assert [key[1] for key in model.kept] == [36]
 
 
@@ -590,7 +591,7 @@ def test_bfloat16_rollout_samples_from_a_copy_that_follows_the_weights():
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         with torch.no_grad():
             move(model, seed=step)
-    assert set(model.state_dict()) == set(tiny().state_dict())         # the copy is not part of the checkpoint
+    assert set(model.state_dict()) == set(tiny().state_dict())         # the copy is in no checkpoint
 
 
 def test_bfloat16_training_sees_the_weights_of_each_step():
@@ -1327,6 +1328,7 @@ def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, s
     cfg, (policy, reward_model) = ig.Config(**SMALL, micro_batch=micro_batch), small_models(enc)
     prompts = [p["ids"] for p in small_prompts(enc, sets, 16)]
     e = ig.make_experience(cfg, enc, policy, reward_model, policy, reward_model, prompts, seeded(1))
+    e["mask"] &= e["mask"].cumsum(1) <= 1 + torch.arange(16)[:, None] % 6      # responses of 1 to 6 tokens
     text = ig.corpus_batch(small_corpus, 4, 48, seeded(2), "cpu")
     actor, critic = deepcopy(policy).requires_grad_(True), deepcopy(reward_model).requires_grad_(True)
     optimizers, steps = (ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)), []
@@ -1336,6 +1338,9 @@ def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, s
     got = ig.update(cfg, actor, critic, optimizers, e, rows, 2.0, text, 0.5)
     assert steps == [0.5 * cfg.policy_lr, cfg.value_lr]                # one step each
     assert all(group["betas"] == (0.9, 0.95) for o in optimizers for group in o.param_groups)
+    values, returns, mask = (e[k][:, :t - 1] for k in ("values", "returns", "mask"))
+    error = ig.value_loss(reward_model(e["tokens"][:, :t - 1]), values, returns, mask)
+    assert got["vloss"] == pytest.approx(error.item(), rel=1e-4)
     twin = deepcopy(policy).requires_grad_(True)
     old, advantages, mask = (e[k][:, :t - 1] for k in ("logprobs", "advantages", "mask"))
     ig.policy_loss(ig.token_logprobs(twin, e["tokens"][:, :t]), old, advantages, mask).backward()
@@ -1403,16 +1408,22 @@ def test_same_seed_same_numbers(enc, small_corpus, sets):
 
 
 def test_micro_batches_train_the_same_models(enc, sets, small_corpus):
-    demos = [(ig.encode_prompt(enc, r["prompt"]), ig.encode_response(enc, r["completion"])[:6])
+    cut = lambda r: ig.encode_response(enc, r["completion"])[:1 + len(r["prompt"]) % 6]            # unequal
+    demos = [(ig.encode_prompt(enc, r["prompt"]), cut(r))
              for r in sets["sft_train"][:200] if len(r["prompt"]) < 60]
     ranked = [{"prompt": r["prompt"], "responses": ["Yes.", "No.", "I do not know."], "ranks": [1, 3, 2],
                "ended": [True] * 3} for r in sets["rm_train"][:40] if len(r["prompt"]) < 60]
-    runs = []
+    runs, log = [], Quiet()
     for micro_batch in (0, 3):
         cfg, cpu = ig.Config(**SMALL, micro_batch=micro_batch), torch.device("cpu")
         gpt = ig.pretrain(cfg, enc, small_corpus, cpu, Quiet())
-        model = ig.sft(cfg, enc, gpt, demos, small_corpus, cpu, Quiet())
+        model = ig.sft(cfg, enc, gpt, demos, small_corpus, cpu, log)
         runs.append((gpt, model, ig.train_reward_model(cfg, enc, model, ranked, demos, cpu, Quiet())))
+    losses = [numbers["loss"] for *_, numbers in log.lines]
+    n = len(losses) // 2
+    assert losses[:n] == pytest.approx(losses[n:], rel=1e-4)
+    tokens, _, last = ig.stack(*zip(*demos), "cpu")
+    assert abs(ig.reward_scores(runs[0][2], tokens, last).mean()) < 1e-4   # normalised at the end
     for a, b in zip(*runs):
         assert (weights(a) - weights(b)).abs().median() < 1e-5         # a key's bias moves by rounding alone
 
@@ -1895,13 +1906,15 @@ def test_changed_setting_is_refused_by_name_and_from_reuses_the_rest(smoke, tmp_
     (["--bta", "1"], "--bta"), (["--beta", "x"], "--beta"), (["--beta", "-1"], "beta"), (["dpo"], "dpo"),
     (["--k_min", "1"], "k_min"), (["--temperature", "0"], "temperature"), (["--device", "tpu"], "tpu"),
     (["--n_embd", "30", "--n_head", "4"], "n_embd"), (["--max_new_tokens", "64"], "max_new_tokens"),
-    (["--data", "nowhere"], "nowhere"), (["--from", "nowhere"], "nowhere"), (["--episodes", "4"], "--minibatches 8: must lie in 1 to 4"),
-    (["--iterations", "0"], "iterations"), (["--warmup", "-1"], "warmup"), (["--ptx_rows", "0"], "ptx_rows"),
-    (["--sft_lr", "0"], "sft_lr"), (["--beta", "nan"], "beta"), (["--rm_lr", "inf"], "rm_lr"),
-    (["--beta", "-0.1"], "--beta -0.1: must lie in 0 to"), (["--seed", "-1"], "seed"), (["--k_max", "3"], "k_min"),
-    (["--device", "cuda:99"], "cuda:99"), (["--device", "cpu:x"], "cpu:x"), (["--micro_batch", "-1"], "micro_b"),
-    (["--dtype", "float16"], "dtype"), (["--device", "cpu", "--dtype", "bfloat16"], "only on a CUDA GPU"),
-    (["--temperature", "-1"], "temperature"), (["--save_every", "-1"], "save_every"), (["--ema", "2"], "ema"), (["--block_size", "20"], "block_size")])
+    (["--data", "nowhere"], "nowhere"), (["--from", "nowhere"], "nowhere"),
+    (["--episodes", "4"], "--minibatches 8: must lie in 1 to 4"), (["--iterations", "0"], "iterations"),
+    (["--warmup", "-1"], "warmup"), (["--ptx_rows", "0"], "ptx_rows"), (["--sft_lr", "0"], "sft_lr"),
+    (["--beta", "nan"], "beta"), (["--rm_lr", "inf"], "rm_lr"), (["--seed", "-1"], "seed"),
+    (["--beta", "-0.1"], "--beta -0.1: must lie in 0 to"), (["--k_max", "3"], "k_min"),
+    (["--device", "cuda:99"], "cuda:99"), (["--device", "cpu:x"], "cpu:x"), (["--dtype", "float16"], "dtype"),
+    (["--micro_batch", "-1"], "micro_batch"), (["--device", "cpu", "--dtype", "bfloat16"], "only on a CUDA GPU"),
+    (["--temperature", "-1"], "temperature"), (["--save_every", "-1"], "save_every"), (["--ema", "2"], "ema"),
+    (["--block_size", "20"], "block_size")])
 def test_wrong_flags_get_one_line_and_exit_code_2(words, told, capsys, tmp_path):
     assert ig.main([*words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -1950,8 +1963,8 @@ def test_data_card_counts_are_the_files(sets):
 # ------------------------------------------------------------------------------------------------------------
 # Killed, interrupted, broken: nothing is lost, nothing lies
 
-TINY = ("--smoke --device cpu --n_embd 32 --pretrain_steps 40 --pretrain_batch 8 --rm_prompts 80 --iterations 5 "
-        "--episodes 16 --minibatches 2 --test_prompts 30 --sft_dropout 0.1 --save_every 0").split()
+TINY = ("--smoke --device cpu --n_embd 32 --pretrain_steps 40 --pretrain_batch 8 --rm_prompts 80 "
+        "--iterations 5 --episodes 16 --minibatches 2 --test_prompts 30 --sft_dropout 0.1 --save_every 0").split()
 
 
 @contextlib.contextmanager
@@ -2000,7 +2013,7 @@ def test_run_killed_again_and_again_ends_like_one_that_was_not(whole, tmp_path):
     for stage in 2 * ["pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate"]:
         with running(out, *TINY) as process:
             while until_it_logs(process, out) != stage and process.poll() is None and not kills[stage]:
-                pass                                                   # the second time: wherever it is by then
+                pass                                                   # the second time: wherever it is
             time.sleep(rng.uniform(0, 0.3))
             process.kill()
         assert process.returncode in (0, -signal.SIGKILL), open_lines(tmp_path / "out.err")
@@ -2021,12 +2034,13 @@ def test_same_command_twice_gives_the_same_numbers_and_fresh_starts_over(whole, 
 def test_fresh_leaves_nothing_of_the_old_run_and_finished_stages_no_parts(whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    for name in ("mine.pt", "rm.part", "sft.part"):
+    for name in ("mine.pt", "rm.part", "sft.part", "collect.part"):
         shutil.copy(out / "rm.pt", out / name)
     assert command("sft", *TINY, "--out", out).returncode == 0
     assert not (out / "sft.part").exists() and (out / "rm.part").exists()          # rm was not looked at
     assert command("pretrain", *TINY, "--out", out, "--fresh").returncode == 0
     assert sorted(p.name for p in out.glob("*.p*t*")) == ["mine.pt", "pretrain.pt"]
+    assert not (out / "comparisons.jsonl").exists()
     assert {json.loads(line)["stage"] for line in open_lines(out / "log.jsonl")} == {"pretrain"}
 
 
@@ -2065,7 +2079,8 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, tmp_path):
     shutil.copy(whole / "pretrain.pt", out)
     before, limit = (out / "pretrain.pt").read_bytes(), 20_000        # no file may grow beyond it
     script = os.path.join(HERE, "instructgpt.py")
-    done = subprocess.run([sys.executable, script, "sft", *TINY, "--out", out], text=True, capture_output=True,
+    words = [sys.executable, script, "sft", *TINY, "--out", out]
+    done = subprocess.run(words, text=True, capture_output=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     one_line(done, "too large", "sft.part", "whole")
     assert (out / "pretrain.pt").read_bytes() == before and not list(out.glob("sft*"))
@@ -2193,9 +2208,9 @@ def test_edge_batch_of_one_episode_prompt_and_response_of_one_token(enc):
     cfg = ig.Config(**{**SMALL, "max_new_tokens": 1, "episodes": 1, "minibatches": 1})
     actor, critic = ig.copy_of(policy), ig.copy_of(reward_model)
     e = ig.make_experience(cfg, enc, policy, critic, policy, reward_model, [[5]], seeded(0))
-    got = ig.update(cfg, actor, critic, (ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)), e, torch.arange(1), 0.0,
-                    None, 1.0)
-    assert e["tokens"].shape == (1, 2) and e["advantages"].tolist() == [[0.0]]     # whitened: nothing to learn
+    optimizers = ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)
+    got = ig.update(cfg, actor, critic, optimizers, e, torch.arange(1), 0.0, None, 1.0)
+    assert e["tokens"].shape == (1, 2) and e["advantages"].tolist() == [[0.0]]     # one whitened number: 0
     assert all(math.isfinite(v) for v in got.values())
 
 
@@ -2435,3 +2450,58 @@ def test_bench_refuses_wrong_words_before_it_starts(words, capsys):
 
 if __name__ == "__main__":
     sys.exit(bench(sys.argv[1:]))
+
+
+def test_section_c4_graphs_are_kept_apart_by_temperature_and_end(monkeypatch):
+    monkeypatch.setattr(ig, "capture", Graph)
+    model = tiny()
+    for eos, temperature in ((EOS, 1.0), (EOS, 0.5), (3, 1.0)):        # a graph has both built in
+        assert_same_rollout(*(ig.rollout(model, PROMPTS, 8, eos, temperature, seeded(0), graphs=g)
+                              for g in (True, False)))
+
+
+def test_eq2_kl_is_to_the_reference_not_to_the_sampler(enc, sets):
+    reference, reward_model = small_models(enc)
+    prompts = [p["ids"] for p in small_prompts(enc, sets, 16)]
+    e = ig.make_experience(ig.Config(**SMALL), enc, move(deepcopy(reference)), reward_model, reference,
+                           reward_model, prompts, seeded(1))
+    close(e["ref_logprobs"], ig.token_logprobs(reference, e["tokens"], 1.0, e["mask"]), atol=1e-5, rtol=0)
+    assert (e["logprobs"] - e["ref_logprobs"]).abs().max() > 0.01
+
+
+def test_bfloat16_copy_is_made_once_and_steps_without_autocast(monkeypatch):
+    model, step, seen = tiny(), ig.decode_step, []
+    monkeypatch.setattr(ig, "decode_step", lambda policy, *a: seen.append(
+        (policy, torch.is_autocast_enabled("cpu"))) or step(policy, *a))
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            ig.rollout(model, PROMPTS, 4, EOS, 1.0, seeded(0))
+    assert set(seen) == {(model.kept["bfloat16"], False)}              # a new one would lose its graphs
+
+
+def test_section_c4_average_is_returned_and_stands_still_at_decay_1(enc, sets, small_corpus):
+    average, reference, *_ = run_ppo(enc, sets, small_corpus, 0.0, policy_lr=1e-2, ema=1.0)
+    assert torch.equal(weights(average), weights(reference))
+
+
+def test_stage_stopped_at_a_step_goes_on_with_all_its_state(tmp_path):
+    def stage(out, stop):
+        cfg = ig.Config(out=str(out), save_every=1e9)
+        log, model, rng, draw, out = ig.Log(cfg, None, None), tiny(), random.Random(0), seeded(0), []
+        optimizer = ig.adamw(model.requires_grad_(True), 0.1)
+        torch.manual_seed(0)
+        with contextlib.suppress(KeyboardInterrupt):
+            average = tiny(seed=1)
+            for step in log.steps("x", 6, model=model, average=average, adam=optimizer, rng=rng, draw=draw,
+                                  out=out):
+                tokens = torch.randint(V, (2, 6), generator=draw)
+                ig.accumulate(lambda i: ig.lm_loss(model, tokens[i]), torch.ones(2))
+                ig.clip_and_step(model, optimizer, 0.1), ig.ema_update(average, model, 0.9)
+                out.append((rng.random(), torch.rand(1).item()))
+                log.stop = step == stop
+        return out, weights(model), weights(average)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    stage(tmp_path / "a", 2)
+    for a, b in zip(stage(tmp_path / "a", None), stage(tmp_path / "b", None)):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
