@@ -490,7 +490,7 @@ def test_section_c4_decode_step_keeps_its_shapes_and_never_waits_for_the_host(mo
     monkeypatch.undo()
     assert len(tapes) > 4 and len(tapes[0]) > 30 and all(tape == tapes[0] for tape in tapes)
     waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "aten.equal", "masked_select", "_to_copy",
-             "scalar_tensor", "lift_fresh")                            # numbers made tensors: copies from the host
+             "scalar_tensor", "lift_fresh")                            # numbers made tensors: host copies
     assert not [name for name, _ in tapes[0] if any(w in name for w in waits)]
     narrow = ig.rollout(tiny(), PROMPTS, 7, EOS, 1.0, seeded(1))       # the filled part only, as on a CPU
     assert torch.equal(got.tokens, narrow.tokens)
@@ -1912,7 +1912,8 @@ def test_changed_setting_is_refused_by_name_and_from_reuses_the_rest(smoke, tmp_
     (["--beta", "nan"], "beta"), (["--rm_lr", "inf"], "rm_lr"), (["--seed", "-1"], "seed"),
     (["--beta", "-0.1"], "--beta -0.1: must lie in 0 to"), (["--k_max", "3"], "k_min"),
     (["--device", "cuda:99"], "cuda:99"), (["--device", "cpu:x"], "cpu:x"), (["--dtype", "float16"], "dtype"),
-    (["--micro_batch", "-1"], "micro_batch"), (["--device", "cpu", "--dtype", "bfloat16"], "only on a CUDA GPU"),
+    (["--micro_batch", "-1"], "micro_batch"),
+    (["--device", "cpu", "--dtype", "bfloat16"], "only on a CUDA GPU"),
     (["--temperature", "-1"], "temperature"), (["--save_every", "-1"], "save_every"), (["--ema", "2"], "ema"),
     (["--block_size", "20"], "block_size")])
 def test_wrong_flags_get_one_line_and_exit_code_2(words, told, capsys, tmp_path):
@@ -1964,7 +1965,8 @@ def test_data_card_counts_are_the_files(sets):
 # Killed, interrupted, broken: nothing is lost, nothing lies
 
 TINY = ("--smoke --device cpu --n_embd 32 --pretrain_steps 40 --pretrain_batch 8 --rm_prompts 80 "
-        "--iterations 5 --episodes 16 --minibatches 2 --test_prompts 30 --sft_dropout 0.1 --save_every 0").split()
+        "--iterations 5 --episodes 16 --minibatches 2 --test_prompts 30 --sft_dropout 0.1 "
+        "--save_every 0").split()
 
 
 @contextlib.contextmanager
