@@ -9,6 +9,8 @@ feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world th
     python instructgpt.py ppo --ptx_coef 0                    plain PPO alone
     python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
 
+Ctrl-C saves, and the same command goes on where it was.
+
 Read it beside the paper, top to bottom; you can stop after each section:
 
     Settings              every hyperparameter: the toy's value, the paper's, who reads it        App. C
