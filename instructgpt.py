@@ -23,9 +23,9 @@ Read it beside the paper, top to bottom; you can stop after each section:
     Step 2                comparisons and the reward model                                        C.2
     Step 3                PPO and PPO-ptx, Eq. 2                                                  C.4
     Neighbours            DPO and KTO on one screen
-    Evaluation            preference, truth, manners, bias, the alignment tax                     4
+    Evaluation            preference, truth, manners, bias, the alignment tax; table, picture     4
     On a GPU              the sampler's step as a CUDA graph, bfloat16
-    Command line          log, picture, stages, checkpoints, flags
+    Command line          log, readers of data, checkpoints, stages, flags
 
 What differs from the paper, and why
   * People, customers and the web are simulated (data/toyworld.py), so the true quality, "gold", is known.
@@ -57,7 +57,7 @@ import signal                                    # Ctrl-C
 import sys
 import time
 from base64 import b64decode                     # tiktoken's rank files
-from contextlib import contextmanager
+from contextlib import contextmanager            # around the reading of checkpoints
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np                               # the corpus is one array
@@ -71,11 +71,8 @@ import torch.nn.functional as F
 # (pretrain, sft, rm, ppo, evaluate) that reads it: changing it makes that stage and the later ones stale,
 # never the earlier ones; "run" makes none stale.
 
-class NotFinite(Exception):
-    """A number became NaN or infinite: the run stops and says where."""
-
-
 def setting(default, text, paper=None, stage="run"):
+    """A field of Config that knows its help text, the paper's value and its stage."""
     text += f" [paper: {paper}]" if paper else ""
     return field(default=default, metadata={"help": text, "stage": stage})
 
@@ -144,10 +141,12 @@ PIECES = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"       # newline, word 
 
 
 def encode_prompt(enc, text):
+    """A request -> its ids, the mark behind it included."""
     return enc.encode_ordinary(text + MARK)
 
 
 def encode_response(enc, text):
+    """A reply -> its ids, the space before it and end-of-text included; without text end-of-text alone."""
     return (enc.encode_ordinary(" " + text) if text else []) + [enc.eot_token]
 
 
@@ -265,7 +264,7 @@ class GPT(nn.Module):
                     p.data = p.data.t().contiguous().t()
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.kept = {}                                     # the rollout's, on a GPU: see capture()
+        self.kept = {}                                     # the rollout's: see "On a GPU"
         self.head = nn.Linear(c.n_embd, 1) if head == "scalar" else None
         if self.head:
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(c.n_embd + 1))  # Stiennon et al. 2020
@@ -392,7 +391,8 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         if device.type == "cuda" if graphs is None else graphs:
             width = min(block, math.ceil(T / 16) * 16)     # few shapes, aligned rows
             s, graph = captured(policy, B, width, n, eos, temperature)
-        s = s if graph else new_state(policy, B, width, n)
+        if graph is None:
+            s = new_state(policy, B, width, n)
         tokens, _, _ = stack(prompts, [[0] * (width - len(p)) for p in prompts], device)       # (B,width)
         lens = torch.tensor([len(p) for p in prompts], device=device)           # (B,)
         luck = torch.rand(n, B, generator=generator, device=device)             # (n,B)
@@ -560,6 +560,10 @@ def seed(cfg, name, device="cpu"):
     number = cfg.seed * 100 + sum(map(ord, name)) % 97
     torch.manual_seed(number)
     return torch.Generator(device).manual_seed(number)
+
+
+class NotFinite(Exception):
+    """A number became NaN or infinite: the run stops and says where."""
 
 
 def finite(name, x):
@@ -870,6 +874,7 @@ def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
 
 
 def mean(x):
+    """Of a list of numbers; 0 for none."""
     return sum(x) / max(1, len(x))
 
 
@@ -1095,7 +1100,7 @@ def picture(results, history):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# On a GPU: what the rollout does there to be fast. Nothing of it runs on a CPU.
+# On a GPU: what the rollout does there to be fast. On a CPU nothing of it is needed.
 
 
 def captured(policy, B, T, n, eos, temperature):
@@ -1138,7 +1143,12 @@ def precision(device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Command line: the log, stages with their checkpoints, flags.
+# Command line: the log, readers of data, stages with their checkpoints, flags.
+
+
+class UserError(Exception):
+    """A mistake of the user's: printed as one line, exit code 2."""
+
 
 LEGEND = """
   score    of the reward model, demonstrations are at 0  gold     true quality, 1 to 7: must rise with score
@@ -1176,7 +1186,8 @@ class Log:
                 done, start = part["step"], start - part["seconds"]
                 for k, x in state.items():
                     unpack(x, part["state"][k])
-                torch.set_rng_state(part["rng"]), torch.cuda.set_rng_state_all(part["cuda"])
+                torch.set_rng_state(part["rng"])
+                torch.cuda.set_rng_state_all(part["cuda"])
             self.earlier += part["seconds"]
             print(f"{name}: goes on after step {done} of {n}")
         saved, self.busy, self.kept = time.time(), True, done
@@ -1239,6 +1250,7 @@ class Log:
                 print(f"{name}, iteration {iteration + 1}: {text}", flush=True)
 
     def text(self, ids):
+        """A response's ids as text, without end-of-text."""
         return self.enc.decode([i for i in ids.tolist() if i != self.enc.eot_token]).removeprefix(" ")
 
     def ledger(self, cfg, e, row=0):
@@ -1254,10 +1266,6 @@ class Log:
             print(f"  {show(e['tokens'][row, t + 1:t + 2]):>14}" + "".join(f"{x:11.3f}" for x in cells))
         print("  The rewards add up to score - beta * log pi/ref. The advantage is before whitening.\n",
               flush=True)
-
-
-class UserError(Exception):
-    """A mistake of the user's: printed as one line, exit code 2."""
 
 
 FORMAT = 1                                       # of the checkpoints
@@ -1482,9 +1490,11 @@ class Run:
                         ["collect.part", "comparisons.jsonl", "log.jsonl"])
 
     def path(self, name, folder=None):
+        """Of a file in --out or another folder."""
         return os.path.join(folder or self.cfg.out, name)
 
     def remove(self, names):
+        """Deletes these files of --out, where they are there."""
         for path in filter(os.path.exists, map(self.path, names)):
             os.remove(path)
 
@@ -1503,6 +1513,7 @@ class Run:
         return fit
 
     def corpus(self, name="pretrain.txt"):
+        """A pretraining text, read once (load_corpus)."""
         if name not in self.corpora:
             self.corpora[name] = load_corpus(self.path(name, self.data), self.enc, self.cfg.block_size)
         return self.corpora[name]
@@ -1667,7 +1678,7 @@ def parse(argv):
     parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES + ["all"], help="what to run")
     parser.add_argument("--from", dest="source", metavar="DIR", help="take what fits from this finished run")
-    parser.add_argument("--fresh", action="store_true", help="start over: ignore what --out holds already")
+    parser.add_argument("--fresh", action="store_true", help="start over: remove what a run left in --out")
     parser.add_argument("--smoke", action="store_true", help="everything in miniature, in about 20 seconds")
     for f in fields(Config):
         kind, text = type(f.default), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
@@ -1693,7 +1704,7 @@ def check(cfg):
     low |= {"seed": 0, "warmup": 0, "micro_batch": 0, "k_min": 2, "block_size": 48, "unfinished_score": -1e9}
     high = {"seed": 2 ** 32, "lam": 1, "ema": 1, "sft_mix": 0.99, "sft_dropout": 0.99, "judges": 20,
             "k_min": cfg.k_max, "minibatches": cfg.episodes, "max_new_tokens": cfg.block_size - 33}
-    positive = ("pretrain_lr sft_lr rm_lr policy_lr value_lr cliprange value_clip temperature").split()
+    positive = "pretrain_lr sft_lr rm_lr policy_lr value_lr cliprange value_clip temperature".split()
     for name, least in low.items():
         value, most = getattr(cfg, name), high.get(name, 10 ** 9)
         if not least <= value <= most:           # NaN is refused here too
@@ -1707,6 +1718,7 @@ def check(cfg):
 
 
 def main(argv=None):
+    """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake; 130 after Ctrl-C."""
     run, before = None, signal.getsignal(signal.SIGINT)
     try:
         stage, cfg, source, fresh, given = parse(argv)
