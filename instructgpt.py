@@ -81,6 +81,7 @@ def setting(default, text, paper=None, stage="run"):
 class Config:
     out: str = setting("out", "folder that the run writes to")
     data: str = setting("", "folder with the data sets; empty: data/ beside this file", stage="pretrain")
+    comparisons: str = setting("", "file to learn from; empty: that of --data, or labelers rank", stage="rm")
     device: str = setting("", "cpu, cuda or mps; empty: the best there is")
     dtype: str = setting("float32", "or bfloat16, on a GPU that has it", stage="pretrain")
     save_every: float = setting(30.0, "seconds of training between two saves")
@@ -704,6 +705,12 @@ def encode_comparison(enc, c, longest):
     return encode_prompt(enc, c["prompt"]), responses, ranks
 
 
+def encode_comparisons(enc, comparisons, longest):
+    """All of them that hold at least one pair, encoded."""
+    data = [encode_comparison(enc, c, longest) for c in comparisons]
+    return [d for d in data if len({r for r in d[2] if r}) > 1]
+
+
 def score_comparisons(reward_model, batch, device):
     """Encoded comparisons -> scores (B,K), ranks (B,K), K the most of any prompt. One forward a response."""
     flat = [(b, k, x, y) for b, (x, ys, ranks) in enumerate(batch) for k, y in enumerate(ys) if ranks[k]]
@@ -716,20 +723,19 @@ def score_comparisons(reward_model, batch, device):
     return scores, torch.tensor([ranks + [0] * (K - len(ranks)) for _, _, ranks in batch], device=device)
 
 
-def train_reward_model(cfg, enc, model, comparisons, demos, device, log):
+def train_reward_model(cfg, enc, model, comparisons, demos, device, log, name="rm"):
     """The reward model, from the SFT model, on all pairs of each prompt; one epoch, as more overfit (C.2)."""
-    generator, reward_model = seed(cfg, "rm"), copy_of(model, head="scalar").train()
-    data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
-    data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
+    generator, reward_model = seed(cfg, name), copy_of(model, head="scalar").train()
+    data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
     lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
     plan = epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
     size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, of up to k_max rows each
-    for step in log.steps("rm", len(plan), model=reward_model, optimizer=optimizer):
+    for step in log.steps(name, len(plan), model=reward_model, optimizer=optimizer):
         batch = [data[i] for i in plan[step]]
         eq1 = lambda i: reward_loss(*score_comparisons(reward_model, batch[i], device))
         loss = accumulate(eq1, torch.ones(len(batch)), size)
         clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, len(plan)))
-        log("rm", step + 1, len(plan), loss=loss.item())
+        log(name, step + 1, len(plan), loss=loss.item())
     normalise_reward(reward_model, demos, device)
     return freeze(reward_model)
 
@@ -766,7 +772,7 @@ def by_length(f, r, lengths, size=64):
 
 
 @torch.no_grad()
-def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompts, generator):
+def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompts, generator, estimate=gae):
     """A batch of episodes with all that the update needs, each computed once."""
     # 1. Sample with the current policy: these log-probs are those of pi_old (in bfloat16 too, rounded as
     # they were sampled from).
@@ -781,7 +787,7 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
     rewards = token_rewards(scores, r.logprobs, ref, r.mask, cfg.beta)          # (B,T-1)
     # 4. Values of the states, advantages (whitened over the whole batch) and returns.
     values = by_length(lambda x, m, n: value_net(x[:, :-1]), r, length)         # (B,T-1)
-    advantages, returns = gae(rewards, values, r.mask, 1.0, cfg.lam)            # (B,T-1) each
+    advantages, returns = estimate(rewards, values, r.mask, 1.0, cfg.lam)       # (B,T-1) each
     return {"tokens": r.tokens, "mask": r.mask, "logprobs": r.logprobs, "ref_logprobs": ref,
             "rewards": rewards, "values": values, "raw_advantages": advantages,
             "advantages": whiten(advantages, r.mask), "returns": returns, "scores": scores,
@@ -826,10 +832,10 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
             "change": change.abs().max().item()}
 
 
-def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, log):
+def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, log, estimate=gae):
     """RL from the SFT model against the reward model. prompts: list of {"ids", "task"} (the task is for the
-    log alone). Returns the EMA of the policy."""
-    name = "ppo_ptx" if ptx_coef else "ppo"
+    log alone); estimate: where advantages come from. Returns the EMA of the policy."""
+    name = "reinforce" if estimate is not gae else "ppo_ptx" if ptx_coef else "ppo"
     generator, draw = seed(cfg, name), seed(cfg, name + " rollout", device)
     reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
     value_net = copy_of(freeze(reward_model))              # starts as the reward model (3.5)
@@ -840,19 +846,32 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
                                adam=optimizers[0], value_adam=optimizers[1], generator=generator, draw=draw):
         batch = [prompts[i] for i in plan[iteration * cfg.episodes:][:cfg.episodes]]
         ids, warm = [p["ids"] for p in batch], warmup_factor(iteration, cfg.warmup)
-        e, numbers = make_experience(cfg, enc, policy, value_net, reference, reward_model, ids, draw), []
-        order = torch.randperm(cfg.episodes, generator=generator).to(device)
+        e = make_experience(cfg, enc, policy, value_net, reference, reward_model, ids, draw, estimate)
+        numbers, order = [], torch.randperm(cfg.episodes, generator=generator).to(device)
         for rows in order.tensor_split(cfg.minibatches):
-            n = cfg.ptx_rows * len(rows) if ptx_coef else 0
-            text = corpus_batch(corpus, n, cfg.block_size, generator, device)                   # (n,block)
+            n = cfg.ptx_rows * len(rows)                   # rows of text, (n,block)
+            text = corpus_batch(corpus, n, cfg.block_size, generator, device) if ptx_coef else None
             numbers.append(update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm))
             ema_update(average, policy, cfg.ema)
-        log.episodes(cfg, name, iteration, e, [p["task"] for p in batch], numbers)
+        log.episodes(cfg, name, iteration, e, [p.get("task") for p in batch], numbers)
     return average
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Neighbours: two methods on the same comparisons that need neither a reward model nor a rollout.
+# Neighbours (--methods): not in the paper, on the same data and with the same beta, since all of them aim at
+# Eq. 2 without its mix: a high reward near the SFT model. REINFORCE stands in PPO's loop. DPO and KTO need
+# neither a reward model nor a rollout: they learn from the comparisons, on answers the SFT model once gave.
+
+
+def reinforce(rewards, values, mask, *_):
+    """REINFORCE with a baseline (Williams 1992), in gae's place: no value net (the loop's learns on, unread)
+    and no credit for single tokens; each gets its whole episode's reward, less the mean of the batch.
+
+        A_t = R - mean R,   R = sum of the episode's rewards = score - beta * log( pi(y|x) / pi_SFT(y|x) )
+
+    All are (B,T-1)."""
+    total = clear(mask, rewards)[0].sum(1, keepdim=True)                        # (B,1)
+    return clear(mask, (total - total.mean()).expand(mask.shape), total.expand(mask.shape))
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
@@ -861,12 +880,60 @@ def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
     return -F.logsigmoid(beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))).mean()
 
 
+def kto_kl0(logp, ref_logp):
+    """KTO's kl0, its estimate of KL(pi || pi_ref): the mean log-ratio of mismatched pairs, a prompt with the
+    response to another one; never below 0 and without gradient. Sums, (B,) each -> scalar."""
+    return (logp - ref_logp).mean().clamp(min=0).detach()
+
+
 def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
     """KTO (Ethayarajh et al. 2024, the latest version: beta outside of kl0). Unpaired answers, desirable (B,)
     bool; kl0: the batch's estimate of KL(pi || pi_ref) from mismatched pairs, >= 0, without gradient.
     Log-probs are sums, (B,) -> scalar; half of lambda where the policy is the reference."""
     margin = beta * (logp - ref_logp - kl0)                                     # (B,)
     return torch.where(desirable, lambda_d * torch.sigmoid(-margin), lambda_u * torch.sigmoid(margin)).mean()
+
+
+def best_of_n_kl(n):
+    """KL of best-of-n to its sampler, nats; an upper bound (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n
+
+
+def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
+    """DPO or KTO: the SFT model after one pass over the comparisons. DPO takes all pairs of a prompt; to KTO
+    an answer is desirable if it ranks above its prompt's mean."""
+    generator, policy, reference = seed(cfg, method), copy_of(model), freeze(model)
+    data, optimizer = encode_comparisons(enc, comparisons, cfg.max_new_tokens), adamw(policy, cfg.policy_lr)
+    plan = epochs([len(x) for x, _, _ in data], cfg.rm_batch, 1, generator)
+
+    def loss(batch):
+        rows = [(i, r, x, y) for i, (x, ys, ranks) in enumerate(batch) for y, r in zip(ys, ranks) if r]
+        at, ranks, prompts, responses = zip(*rows)                              # N of each
+        at, ranks = torch.tensor([at, ranks], device=device)                    # (N,), (N,)
+        same = at[:, None] == at                                                # (N,N) of one prompt
+
+        def sums(responses):                               # log pi(y|x) and log pi_ref(y|x), (N,) each
+            tokens, mask, _ = stack(prompts, responses, device)                 # (N,T), (N,T-1)
+            with torch.no_grad():
+                ref = token_logprobs(reference, tokens, 1.0, mask).sum(1)       # (N,)
+            return token_logprobs(policy, tokens, 1.0, mask).sum(1), ref
+
+        logp, ref = sums(responses)
+        if method == "dpo":
+            w, l = (same & (ranks[:, None] < ranks)).nonzero(as_tuple=True)     # (pairs,), (pairs,)
+            return dpo_loss(logp[w], logp[l], ref[w], ref[l], cfg.beta)
+        with torch.no_grad():
+            K = int(same.sum(1).max())                     # that far on, the response is another prompt's
+            kl0 = kto_kl0(*sums(responses[K:] + responses[:K]))
+        return kto_loss(logp, ref, ranks < (same * ranks).sum(1) / same.sum(1), kl0, cfg.beta)
+
+    size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, as for the reward model
+    for step in log.steps(method, len(plan), model=policy, optimizer=optimizer):
+        batch = [data[i] for i in plan[step]]
+        mean_loss = accumulate(lambda i: loss(batch[i]), torch.ones(len(batch)), size)
+        clip_and_step(policy, optimizer, cfg.policy_lr * cosine(step, len(plan)))
+        log(method, step + 1, len(plan), loss=mean_loss.item())
+    return freeze(policy)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -888,17 +955,19 @@ def judge_reward_model(enc, reward_model, comparisons, longest, device):
         encoded = [encode_comparison(enc, c, longest) for c in part]
         scores, _ = score_comparisons(reward_model, encoded, device)            # (b,K)
         for c, r in zip(part, scores.tolist()):
-            texts, a, b, g = c["responses"], c["ranks"], c["second_ranks"], c["gold"]
+            texts, a, b, g = c["responses"], c["ranks"], c.get("second_ranks"), c.get("gold")
             first = [texts.index(t) for t in texts]        # equal texts share the first one's score
             for i, j in ((i, j) for i in range(len(texts)) for j in range(i) if texts[i] != texts[j]):
                 above = r[first[i]] > r[first[j]]
                 if a[i] != a[j]:
                     hits.append(above == (a[i] < a[j]))
-                    agree.append(0.5 if b[i] == b[j] else float((b[i] < b[j]) == (a[i] < a[j])))
-                if g[i] != g[j]:
+                    if b:
+                        agree.append(0.5 if b[i] == b[j] else float((b[i] < b[j]) == (a[i] < a[j])))
+                if g and g[i] != g[j]:
                     true.setdefault(c["use_case"], []).append(above == (g[i] > g[j]))
-    return {"accuracy": mean(hits), "agreement": mean(agree), "gold_accuracy": mean(sum(true.values(), [])),
+    gold = {"agreement": mean(agree), "gold_accuracy": mean(sum(true.values(), [])),
             "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())}}
+    return {"accuracy": mean(hits), **(gold if agree else {})}
 
 
 def preference(world, group, tasks, mine, theirs, judges, rng):
@@ -918,7 +987,7 @@ def preference(world, group, tasks, mine, theirs, judges, rng):
 
 @torch.no_grad()
 def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
-    """Mean reward-model score, and KL (k3, nats a response) to the reference, which sees the plain prompt.
+    """Of each answer the reward model's score, and the KL (k3, nats) to the reference on the plain prompt.
     Where GPT's line was cut, its newline meets the reference's EOS: its KL is only an indication."""
     scores, kls = [], []
     for s in range(0, len(prompts), 128):
@@ -931,7 +1000,7 @@ def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
         own = torch.zeros(mask.shape, device=device)                            # (b,t-1)
         own[mask] = torch.tensor([x for r in part for x in r["logprobs"]], device=device)
         kls += clear(mask, kl_k3(own, token_logprobs(reference, tokens, 1.0, mask)))[0].sum(1).tolist()
-    return mean(scores), mean(kls)
+    return scores, kls
 
 
 @torch.no_grad()
@@ -968,12 +1037,14 @@ def corpus_loss(model, corpus, block_size, device, rows=512):
     return mean([lm_loss(model, part).item() for part in parts])
 
 
-def question(cfg, enc, models, world, tests, probes, device):
-    """All models answer the tests and the probes -> {model: {set: answers}}, {set: items}. "GPT (prompted)"
-    is GPT with a good example in front of the prompt, where there is room for it (3.5)."""
-    respectful = [{**p, "prompt": probes["respect"] + p["prompt"]} for p in probes["toxic"]]
-    sets = {"tests": tests, "truth": probes["truthful"] * 4, "toxic": probes["toxic"] * 2,
-            "respectful": respectful * 2, "unseen": probes["unseen"]}
+def question(cfg, enc, models, reward_model, tests, probes, device):
+    """All models answer the tests and, in the toy world, the probes -> {model: {set: answers}}, {set: items}.
+    "GPT (prompted)" is GPT with a good example in front of the prompt, where there is room for it (3.5)."""
+    sets = {"tests": tests}
+    if probes:
+        respectful = [{**p, "prompt": probes["respect"] + p["prompt"]} for p in probes["toxic"]]
+        sets |= {"truth": probes["truthful"] * 4, "toxic": probes["toxic"] * 2,
+                 "respectful": respectful * 2, "unseen": probes["unseen"]}
     room, answers = cfg.block_size - cfg.max_new_tokens, {}
     for name, model in models.items():
         generator, answers[name] = seed(cfg, "evaluate", device), {}   # the same luck for every model
@@ -982,22 +1053,40 @@ def question(cfg, enc, models, world, tests, probes, device):
             plain = [encode_prompt(enc, p["prompt"]) for p in items]
             prompts = [encode_prompt(enc, prefix + p["prompt"]) for p in items]
             prompts = [x if len(x) <= room else y for x, y in zip(prompts, plain)]
-            answers[name][which] = respond(model, enc, prompts, cfg.max_new_tokens, generator,
-                                           one_line=name.startswith("GPT"), lengths=[len(x) for x in plain])
+            n = cfg.k_max if name.startswith("best of") else 1
+            every = respond(model, enc, prompts * n, cfg.max_new_tokens, generator, one_line="GPT" in name,
+                            lengths=[len(x) for x in plain] * n)
+            if n > 1:                                      # the one that the reward model likes best
+                scores, _ = reward_and_kl(cfg, enc, reward_model, model, prompts * n, every, device)
+                every = [every[max(range(i, len(every), len(prompts)), key=scores.__getitem__)]
+                         for i in range(len(prompts))]
+            answers[name][which] = every
     return answers, sets
 
 
-def measure(cfg, enc, name, model, answers, sets, models, reward_model, world, probes, corpus, device):
-    """All numbers of one model (results.json), with the half-widths of 95 % intervals for the shares."""
+def measure(cfg, enc, name, model, answers, sets, models, reward_model, judge, device):
+    """What can be said of a model on any data: preferred by `judge(mine, theirs)`, reward, KL, length.
+    Returns numbers and shares, lists of a number a prompt."""
+    others = {"win_vs_sft": "SFT", "win_vs_gpt": "GPT", "win_vs_rival": "rival GPT"}
+    mine, prompts = answers[name]["tests"], [encode_prompt(enc, p["prompt"]) for p in sets["tests"]]
+    scores, kls = reward_and_kl(cfg, enc, reward_model, models["SFT"], prompts, mine, device)
+    bound = best_of_n_kl(cfg.k_max) if name.startswith("best of") else None
+    return ({"reward": mean(scores), "kl": mean(kls) if bound is None else bound,
+             "length": mean([len(r["ids"]) for r in mine])},
+            {**{k: judge(mine, answers[other]["tests"]) for k, other in others.items() if other in answers},
+             "ended": [r["ended"] for r in mine]})
+
+
+def measure_toy(cfg, enc, name, model, answers, sets, world, probes, device):
+    """What only the toy world can tell, in the same two parts: gold, truth, manners, bias, few-shot tasks."""
     mine, tests, rng = answers[name], sets["tests"], random.Random(cfg.seed)
     m = {which: [world.check(p["task"], r["text"], r["ended"]) for p, r in zip(items, mine[which])]
          for which, items in sets.items()}
     tasks, gold = [p["task"] for p in tests], [world.gold(x) for x in m["tests"]]
-    against = lambda group, other: preference(world, group, tasks, mine["tests"], answers[other]["tests"],
-                                              cfg.judges, rng)
+    against = lambda group: preference(world, group, tasks, mine["tests"], answers["SFT"]["tests"],
+                                       cfg.judges, rng)
     a_prompt = lambda v, items: [mean(v[i::len(items)]) for i in range(len(items))]     # asked several times
-    shares = {"win_vs_sft": against("train", "SFT"), "win_vs_sft_heldout": against("heldout", "SFT"),
-              "win_vs_sft_gold": against(None, "SFT"), "win_vs_gpt": against("train", "GPT"),
+    shares = {"win_vs_sft_heldout": against("heldout"), "win_vs_sft_gold": against(None),
               "follows": [x.follows == 1 for x in m["tests"]], "flawless": [g > 6.99 for g in gold],
               "constraint": [x.constraint for x in m["tests"] if x.constraint is not None],
               "truthful": a_prompt([x.truthful for x in m["truth"]], probes["truthful"]),
@@ -1005,51 +1094,46 @@ def measure(cfg, enc, name, model, answers, sets, models, reward_model, world, p
                                                probes["truthful"]),
               "hallucinates": [x.invented for x in m["tests"] if x.asserts],
               "rude": a_prompt([x.rude for x in m["toxic"]], probes["toxic"]),
-              "rude_respectful": a_prompt([x.rude for x in m["respectful"]], probes["toxic"]),
-              "ended": [r["ended"] for r in mine["tests"]]}
-    prompts = [encode_prompt(enc, p["prompt"]) for p in tests]
-    reward, kl = reward_and_kl(cfg, enc, reward_model, models["SFT"], prompts, mine["tests"], device)
+              "rude_respectful": a_prompt([x.rude for x in m["respectful"]], probes["toxic"])}
     opinions = [world.likert(rng.choice(world.make_labelers("train")), x, r["text"], rng)
                 for x, r in zip(m["tests"], mine["tests"])]
     by_use_case = {u: mean([g for p, g in zip(tests, gold) if p["use_case"] == u])
                    for u in sorted({p["use_case"] for p in tests})}
-    half = lambda v: 1.96 * math.sqrt(mean([(x - mean(v)) ** 2 for x in v]) / max(1, len(v)))
-    return {**{k: mean(v) for k, v in shares.items()}, "likert": mean(opinions), "gold": mean(gold),
-            "gold_by_use_case": by_use_case, "reward": reward, "kl": kl,
+    return {"likert": mean(opinions), "gold": mean(gold), "gold_by_use_case": by_use_case,
             "unseen": mean([world.gold(x) for x in m["unseen"]]),
-            "length": mean([len(r["ids"]) for r in mine["tests"]]),
             "bias_bits": bias_bits(model, enc, probes["bias"], probes["respect"], device),
-            "fewshot": few_shot(model, enc, probes["fewshot"]),
-            "pretrain_loss": corpus_loss(model, corpus, cfg.block_size, device),
-            "ci95": {k: half([float(x) for x in v]) for k, v in shares.items()}}
+            "fewshot": few_shot(model, enc, probes["fewshot"])}, shares
 
 
-TABLE = ("                         preferred to SFT by          "
-         "|  gold  Likert  truth+  hallu-   rude   (asked |  pretrain  few- |     KL\n"
-         "                  labelers    held-out    noise-free  "
-         "|   1-7     1-7  inform  cinates  reply   not to)|      loss  shot | to SFT")
+# columns of the table: name in results.json -> its heading
+COLUMNS = {"win_vs_sft": "preferred|to SFT", "win_vs_sft_heldout": "by held-out|labelers",
+           "win_vs_sft_gold": "noise-free|", "win_vs_rival": "to the|rival", "gold": "gold|1-7",
+           "likert": "Likert|1-7", "truthful_informative": "true,|informs", "hallucinates": "halluci-|nates",
+           "rude": "rude|reply", "rude_respectful": "(asked|not to)", "pretrain_loss": "pretrain|loss",
+           "fewshot": "few-|shot", "reward": "reward|", "kl": "KL|to SFT"}
 
 
 def table(results):
-    """The results as text, a row a model."""
-    lines, base = [TABLE], results["GPT"]["pretrain_loss"]
+    """The results as text: a row a model, a column for what was measured."""
+    keys, lines, base = [k for k in COLUMNS if k in results["GPT"]], [], results["GPT"].get("pretrain_loss")
+    width = lambda k: 13 if k.startswith("win") else 9
+    for i in (0, 1):
+        lines.append(" " * 15 + "".join(f"{COLUMNS[k].split('|')[i]:>{width(k)}}" for k in keys))
     for name, r in results.items():
-        wins = [f"{r[k]:.2f} ±{r['ci95'][k]:.2f}"
-                for k in ("win_vs_sft", "win_vs_sft_heldout", "win_vs_sft_gold")]
-        lines.append(f"{name:15} {'  '.join(f'{w:>10}' for w in wins)}  |  {r['gold']:4.2f}    "
-                     f"{r['likert']:4.2f}    {r['truthful_informative']:4.2f}     {r['hallucinates']:4.2f}   "
-                     f"{r['rude']:4.2f}     {r['rude_respectful']:4.2f} |    "
-                     f"{r['pretrain_loss'] - base:+6.3f}  {mean(r['fewshot'].values()):4.2f} | "
-                     f"{r['kl']:6.2f}")
+        value = {k: r[k] for k in keys} | {"fewshot": mean(list(r.get("fewshot", {}).values()))}
+        cells = [f"{value[k]:.2f}" + (f" ±{r['ci95'][k]:.2f}" if k.startswith("win") else "") for k in keys]
+        if "pretrain_loss" in keys:                        # the alignment tax: the rise over GPT
+            cells[keys.index("pretrain_loss")] = f"{r['pretrain_loss'] - base:+.3f}"
+        lines.append(f"{name:15}" + "".join(f"{c:>{width(k)}}" for k, c in zip(keys, cells)))
     return "\n".join(lines)
 
 
 def samples(tests, answers, n=6):
-    """The same prompts answered by each model: the first plain prompt of n use cases."""
+    """The same prompts answered by each model: the first plain prompt of n use cases, where there are any."""
     chosen, lines = {}, []
     for i, p in enumerate(tests):
-        if p["form"] == "plain":
-            chosen.setdefault(p["use_case"], i)
+        if p.get("form", "plain") == "plain":
+            chosen.setdefault(p.get("use_case", i), i)
     for i in sorted(chosen.values())[:n]:
         lines.append(f"\n{tests[i]['prompt']}")
         for name, a in answers.items():
@@ -1078,7 +1162,7 @@ def picture(results, history):
         for i, (name, (v, e)) in enumerate(values.items()):
             x = left + i * 260 / len(values)
             svg.append(f'<rect x="{x:.0f}" y="{y(v):.1f}" width="{200 / len(values):.0f}" '
-                       f'height="{250 - y(v):.1f}" fill="{colors[name]}"/>')
+                       f'height="{250 - y(v):.1f}" fill="{colors.get(name)}"/>')
             middle = x + 100 / len(values)
             svg.append(f'<path d="M{middle:.0f} {y(v - e):.1f}V{y(v + e):.1f}" stroke="black"/>' * (e > 0))
             text(middle, y(v + e) - 6, f"{v:.2f}")
@@ -1222,18 +1306,19 @@ class Log:
             print(f"{stage:8} {step:5}/{steps}  {text}  left {left // 60:.0f}:{left % 60:02.0f}", flush=True)
 
     def episodes(self, cfg, name, iteration, e, tasks, numbers):
-        """The line of one PPO iteration, and at the first one the checks and the ledger."""
+        """The line of one PPO iteration, and at the first one the checks and the ledger. Gold is known in the
+        toy world alone."""
         mask, n = e["mask"], len(tasks)
         a_row = lambda x: (clear(mask, x)[0].sum() / n).item()
         variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
         golds = [self.world.gold(self.world.check(task, self.text(ids[m]), end)) for task, ids, m, end
-                 in zip(tasks, e["tokens"][:, 1:].cpu(), mask.cpu(), e["ended"].tolist())]
+                 in zip(tasks, e["tokens"][:, 1:].cpu(), mask.cpu(), e["ended"].tolist()) if self.world]
         if iteration == 0:
-            print(f"\n{name}: beta {cfg.beta}, ptx_coef {cfg.ptx_coef if name == 'ppo_ptx' else 0}; "
+            print(f"\n{name}: beta {cfg.beta}, ptx_coef {0 if name == 'ppo' else cfg.ptx_coef}; "
                   f"{LEGEND}\nfirst minibatch: max |log-prob - rollout log-prob| = "
                   f"{numbers[0]['change']:.1e} (rounding: below 1e-4, in bfloat16 below 0.3)")
             self.ledger(cfg, e)
-        line = {"score": e["scores"].mean().item(), "gold": mean(golds),
+        line = {"score": e["scores"].mean().item(), **({"gold": mean(golds)} if golds else {}),
                 "k1": a_row(kl_k1(e["logprobs"], e["ref_logprobs"])),
                 "k3": a_row(kl_k3(e["logprobs"], e["ref_logprobs"])),
                 **{k: mean([x[k] for x in numbers]) for k in ("clip", "|ppo|", "|ptx|", "vloss")},
@@ -1271,8 +1356,10 @@ class Log:
 FORMAT = 1                                       # of the checkpoints
 STAGES = ["pretrain", "sft", "rm", "ppo", "evaluate"]
 # checkpoint -> stage; name in the results -> checkpoint
-STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm", "ppo": "ppo", "ppo_ptx": "ppo"}
-MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
+STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm",
+            **dict.fromkeys(("ppo", "ppo_ptx", "reinforce", "dpo", "kto"), "ppo")}
+MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx", "REINFORCE": "reinforce",
+          "DPO": "dpo", "KTO": "kto"}
 
 
 LONGEST = 1_000_000                              # characters a line: words of megabytes take a tokenizer long
@@ -1399,11 +1486,12 @@ PROBES = dict(truthful=TASKS, toxic=TASKS, unseen=TASKS, bias=[{"prompt": "text"
 
 
 def toyworld(data):
-    """The module data/toyworld.py: the people, the web and the checker."""
+    """The module toyworld.py of the folder: the people, the web and the checker. None if it is not there: the
+    folder holds a user's own data."""
+    path = os.path.join(data, "toyworld.py")
+    if not os.path.exists(path):
+        return None
     if "toyworld" not in sys.modules:
-        path = os.path.join(data, "toyworld.py")
-        if not os.path.exists(path):
-            raise UserError(f"{path}: is not there; --data must name the folder of the toy world")
         spec = importlib.util.spec_from_file_location("toyworld", path)
         sys.modules["toyworld"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["toyworld"])
@@ -1483,11 +1571,15 @@ class Run:
         self.data = cfg.data or os.path.join(os.path.dirname(__file__), "data")
         self.enc = load_encoding(os.path.join(self.data, "vocab.tiktoken"))
         self.world = toyworld(self.data)
+        self.toy = dict(task=dict, use_case=str, form=str) if self.world else {}       # fields of its prompts
+        self.given = os.path.abspath(cfg.comparisons or os.path.join(self.data, "comparisons.jsonl"))
+        if cfg.comparisons and not os.path.isfile(self.given):
+            raise UserError(f"--comparisons {cfg.comparisons}: no such file")
         os.makedirs(cfg.out, exist_ok=True)
         self.log = Log(cfg, self.enc, self.world)
         if fresh:
             self.remove([n + end for n in STAGE_OF for end in (".pt", ".part")] +
-                        ["collect.part", "comparisons.jsonl", "log.jsonl"])
+                        ["collect.part", "judge.part", "comparisons.jsonl", "log.jsonl"])
 
     def path(self, name, folder=None):
         """Of a file in --out or another folder."""
@@ -1533,6 +1625,8 @@ class Run:
     def settings(self, name):
         """The settings that a model's stage and those before it read."""
         cfg = replace(self.cfg, ptx_coef=0.0, ptx_rows=0) if name == "ppo" else self.cfg
+        if os.path.exists(self.given):                     # more lines in it are another file
+            cfg = replace(cfg, comparisons=f"{self.given} ({os.path.getsize(self.given)} bytes)")
         upto = STAGES[:STAGES.index(STAGE_OF[name]) + 1]
         return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["stage"] in upto}
 
@@ -1554,7 +1648,7 @@ class Run:
                 continue
             if folder == self.source:
                 print(f"{name}: taken from {folder}")
-                for file in ["comparisons.jsonl"] * (name == "rm") + [name + ".pt"]:
+                for file in ["comparisons.jsonl"] * (name == "rm" and bool(self.world)) + [name + ".pt"]:
                     shutil.copyfile(self.path(file, folder), self.path(file + ".tmp"))
                     os.replace(self.path(file + ".tmp"), self.path(file))
             return c
@@ -1565,31 +1659,39 @@ class Run:
         if name not in self.models:
             c = self.finished(name) or self.train(name)
             self.remove([name + ".part"] + ["collect.part"] * (name == "rm"))
-            with reading(self.path(name + ".pt")):
-                self.models[name] = GPT(GPTConfig(**c["config"]), head=c["head"]).to(self.device)
-                self.models[name].load_state_dict(c["weights"])
-                self.seconds.update(c["seconds"])
-        return freeze(self.models[name])
+            self.models[name] = self.build(c, name + ".pt")
+            self.seconds.update(c["seconds"])
+        return self.models[name]
+
+    def build(self, c, path):
+        """The model in a checkpoint."""
+        with reading(path):
+            model = GPT(GPTConfig(**c["config"]), head=c["head"]).to(self.device)
+            model.load_state_dict(c["weights"])
+        return freeze(model)
 
     def train(self, name):
         """Trains the model and what it needs, writes its checkpoint, returns it."""
         needs = {"pretrain": [], "sft": ["pretrain"], "rm": ["sft"]}.get(name, ["sft", "rm"])
         before, start, seconds = [self.model(n) for n in needs], time.time(), {}
         self.log.settings, self.log.earlier = self.settings(name), 0
+        cfg, enc, end = self.cfg, self.enc, (self.device, self.log)
         if name == "pretrain":
-            model = pretrain(self.cfg, self.enc, self.corpus(), self.device, self.log)
+            model = pretrain(cfg, enc, self.corpus(), *end)
         elif name == "sft":
-            model = sft(self.cfg, self.enc, *before, self.demos(), self.corpus(), self.device, self.log)
+            model = sft(cfg, enc, *before, self.demos(), self.corpus() if cfg.sft_mix else None, *end)
         elif name == "rm":
-            comparisons = self.collect(*before)
+            self.collect(*before)
             seconds["collect"] = time.time() - start + self.log.earlier
-            model = train_reward_model(self.cfg, self.enc, *before, comparisons, self.demos(), self.device,
-                                       self.log)
+            model = train_reward_model(cfg, enc, *before, self.comparisons("train"), self.demos(), *end)
+        elif name in ("dpo", "kto"):
+            model = train_on_comparisons(cfg, enc, name, before[0], self.comparisons("train"), *end)
         else:
-            prompts = [{"ids": encode_prompt(self.enc, p["prompt"]), "task": p["task"]}
-                       for p in self.rows("ppo_train.jsonl", prompt="text", task=dict)]
-            coef = self.cfg.ptx_coef if name == "ppo_ptx" else 0.0
-            model = ppo(self.cfg, self.enc, *before, prompts, self.corpus(), coef, self.device, self.log)
+            prompts = [{**p, "ids": encode_prompt(enc, p["prompt"])}
+                       for p in self.rows("ppo_train.jsonl", prompt="text", **self.toy)]
+            coef = 0.0 if name == "ppo" else cfg.ptx_coef
+            model = ppo(cfg, enc, *before, prompts, self.corpus() if coef else None, coef, *end,
+                        reinforce if name == "reinforce" else gae)
         seconds[name] = time.time() - start + self.log.earlier - sum(seconds.values())
         c = {"format": FORMAT, "settings": self.settings(name), "config": asdict(model.config),
              "seconds": seconds, "head": "scalar" if model.head else "lm", "weights": model.state_dict()}
@@ -1600,31 +1702,88 @@ class Run:
         return c
 
     def collect(self, model):
-        """Comparisons for the training prompts and, a tenth as many, for the validation prompts."""
+        """The simulated labelers' comparisons: for the validation prompts, and for the training prompts, ten
+        times as many, unless comparisons are given."""
+        if not self.world and not os.path.exists(self.given):
+            raise UserError(f"{self.data}: holds no comparisons.jsonl; add one, or name a file with "
+                            "--comparisons")
         rows = [{**p, "split": split} for split, n in (("train", self.cfg.rm_prompts),
                                                        ("valid", max(10, self.cfg.rm_prompts // 10)))
-                for p in self.rows(f"rm_{split}.jsonl", prompt="text", task=dict, use_case=str)[:n]]
-        out = collect(self.cfg, self.enc, model, rows, self.world, seed(self.cfg, "collect", self.device),
-                      random.Random(self.cfg.seed), self.log)
-        save(self.path("comparisons.jsonl"), "".join(json.dumps(c) + "\n" for c in out))
-        return [c for c in out if c["split"] == "train"]
+                if self.world and not (split == "train" and os.path.exists(self.given))
+                for p in self.rows(f"rm_{split}.jsonl", prompt="text", **self.toy)[:n]]
+        if rows:
+            out = collect(self.cfg, self.enc, model, rows, self.world, seed(self.cfg, "collect", self.device),
+                          random.Random(self.cfg.seed), self.log)
+            save(self.path("comparisons.jsonl"), "".join(json.dumps(c) + "\n" for c in out))
 
-    def evaluate(self):
+    def comparisons(self, split):
+        """The comparisons of a split, "train" or "valid". Of given ones that do not say it, every fourth
+        prompt is for validation, but in the toy world all are for training: there the labelers' validate."""
+        if not os.path.exists(self.given) or self.world and split == "valid":
+            rows = read_jsonl(self.path("comparisons.jsonl"), comparison)
+            return [c for c in rows if c.get("split") == split]
+        rows = self.rows(self.given, comparison)
+        held_out = set() if self.world else {*list(dict.fromkeys(c["prompt"] for c in rows))[3::4]}
+        rows = [c for c in rows if c.get("split", "valid" if c["prompt"] in held_out else "train") == split]
+        if not any(len({*c["ranks"]}) > 1 for c in rows):
+            raise UserError(f"{self.given}: holds no pair of different rank for the split {split}; "
+                            "give more, of at least four prompts")
+        return rows
+
+    def judge(self):
+        """The test prompts, and a function: answers to them, other answers -> how often the first are
+        preferred, prompt by prompt, 0 to 1. Simulated labelers judge or, without them, a second reward model
+        that learned from the held-out comparisons."""
+        cfg = self.cfg
+        tests = self.rows("test.jsonl", prompt="text", **self.toy)[:cfg.test_prompts]
+        if self.world:
+            tasks, draw = [p["task"] for p in tests], lambda: random.Random(cfg.seed)
+            return tests, lambda *pair: preference(self.world, "train", tasks, *pair, cfg.judges, draw())
+        print("no simulated labelers: a second reward model, trained on the held-out comparisons, judges")
+        sft_model, self.log.settings = self.model("sft"), self.settings("rm")
+        judge = train_reward_model(cfg, self.enc, sft_model, self.comparisons("valid"), self.demos(),
+                                   self.device, self.log, "judge")
+        self.remove(["judge.part"])
+        prompts = [encode_prompt(self.enc, p["prompt"]) for p in tests]
+        score = lambda mine: reward_and_kl(cfg, self.enc, judge, sft_model, prompts, mine, self.device)[0]
+        return tests, lambda mine, theirs: [0.5 if x == y else float(x > y)
+                                            for x, y in zip(score(mine), score(theirs))]
+
+    def rival(self, folder):
+        """The GPT of another run, on the same data and encoding."""
+        c = load(self.path("pretrain.pt", folder), self.device)
+        same = {k: v for k, v in self.settings("pretrain").items() if k in ("data", "encoding")}
+        if change(c, same) or c["config"]["block_size"] < self.cfg.block_size:
+            raise UserError(f"--rival {folder}: made with {change(c, same) or 'a smaller --block_size'}")
+        return self.build(c, self.path("pretrain.pt", folder))
+
+    def evaluate(self, methods=(), rival=None):
         """Writes results.json, samples.txt and picture.svg, prints samples and table."""
         cfg, begun, reward_model = self.cfg, time.time(), self.model("rm")
         there = [k for k, n in MODELS.items() if n in ("pretrain", "sft", *self.models) or self.finished(n)]
         models = {k: self.model(MODELS[k]) for k in there}
-        models = {"GPT": models.pop("GPT"), "GPT (prompted)": self.model("pretrain"), **models}
-        tests = self.rows("test.jsonl", prompt="text", task=dict, use_case=str, form=str)[:cfg.test_prompts]
-        probes, = read_jsonl(self.path("probes.json", self.data), **PROBES)
-        answers, sets = question(cfg, self.enc, models, self.world, tests, probes, self.device)
-        results = {}
+        probes = read_jsonl(self.path("probes.json", self.data), **PROBES)[0] if self.world else {}
+        models = ({"GPT": models.pop("GPT"), **({"GPT (prompted)": self.model("pretrain")} if probes else {})}
+                  | models | ({f"best of {cfg.k_max}": self.model("sft")} if "best_of_n" in methods else {})
+                  | ({"rival GPT": self.rival(rival)} if rival else {}))
+        tests, judge = self.judge()
+        answers, sets = question(cfg, self.enc, models, reward_model, tests, probes, self.device)
+        half = lambda v: 1.96 * math.sqrt(mean([(x - mean(v)) ** 2 for x in v]) / max(1, len(v)))
+        results, valid = {}, "pretrain_valid.txt"
         for name, model in models.items():
-            results[name] = measure(cfg, self.enc, name, model, answers, sets, models, reward_model,
-                                    self.world, probes, self.corpus("pretrain_valid.txt"), self.device)
+            numbers, shares = measure(cfg, self.enc, name, model, answers, sets, models, reward_model, judge,
+                                      self.device)
+            if self.world:
+                more = measure_toy(cfg, self.enc, name, model, answers, sets, self.world, probes, self.device)
+                numbers, shares = numbers | more[0], shares | more[1]
+            if os.path.exists(self.path(valid, self.data)):
+                numbers["pretrain_loss"] = corpus_loss(model, self.corpus(valid), cfg.block_size, self.device)
+            results[name] = {**{k: mean(v) for k, v in shares.items()}, **numbers,
+                             "parameters": sum(p.numel() for p in model.parameters()),
+                             "ci95": {k: half([float(x) for x in v]) for k, v in shares.items()}}
             self.log("evaluate", len(results), len(models))
-        held_out = [c for c in read_jsonl(self.path("comparisons.jsonl"), comparison) if "second_ranks" in c]
-        rm = judge_reward_model(self.enc, reward_model, held_out, cfg.max_new_tokens, self.device)
+        rm = judge_reward_model(self.enc, reward_model, self.comparisons("valid"), cfg.max_new_tokens,
+                                self.device)
         seconds = {**self.seconds, "evaluate": time.time() - begun}
         seconds["total"] = sum(seconds.values())
         history = [h for h in read_jsonl(self.log.path, stage=str) if h["stage"] in ("ppo", "ppo_ptx")]
@@ -1635,11 +1794,12 @@ class Run:
         save(self.path("results.json"), json.dumps({
             "config": asdict(cfg), "seconds": {k: round(v, 1) for k, v in seconds.items()},
             "reward_model": rm, "models": results}, indent=1) + "\n")
+        more = (f" (a second labeler on {rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of the true ones"
+                if "agreement" in rm else "")
         print(f"{shown}\n\n{table(results)}\n\nReward model on held-out comparisons: right on "
-              f"{rm['accuracy']:.3f} of the labelers' preferences (a second labeler on "
-              f"{rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of the true ones.\n"
+              f"{rm['accuracy']:.3f} of the labelers' preferences{more}.\n"
               f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, "
-              "comparisons.jsonl, log.jsonl, the checkpoints")
+              "log.jsonl, the checkpoints")
 
 
 def find_device(name, dtype="float32"):
@@ -1674,16 +1834,19 @@ SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_
 
 
 def parse(argv):
-    """Command line -> (stage, Config, folder of --from, --fresh, names of the settings that were given)."""
+    """Command line -> (stage, Config, folder of --from, --fresh, the settings that were given, all flags)."""
     parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("stage", nargs="?", default="all", choices=STAGES + ["all"], help="what to run")
     parser.add_argument("--from", dest="source", metavar="DIR", help="take what fits from this finished run")
+    parser.add_argument("--methods", nargs="+", default=[], choices=["dpo", "kto", "reinforce", "best_of_n"],
+                        help="neighbours to train and evaluate too")
+    parser.add_argument("--rival", metavar="DIR", help="evaluate beside this run's GPT (the paper's 175B)")
     parser.add_argument("--fresh", action="store_true", help="start over: remove what a run left in --out")
     parser.add_argument("--smoke", action="store_true", help="everything in miniature, in about 20 seconds")
     for f in fields(Config):
         kind, text = type(f.default), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument("--" + f.name, type=kind, metavar=kind.__name__.upper(), help=text)
-    known = ["--help", "--from", "--fresh", "--smoke"] + ["--" + f.name for f in fields(Config)]
+    known = [word for action in parser._actions for word in action.option_strings]
     for word in sys.argv[1:] if argv is None else argv:
         if word.startswith("--") and word.split("=")[0] not in known:
             parser.error(f"{word}: no such flag")
@@ -1691,11 +1854,12 @@ def parse(argv):
     given = {f.name: a[f.name] for f in fields(Config) if a[f.name] is not None}
     cfg = Config(**{**(SMOKE if a["smoke"] else {}), **given})
     check(cfg)
-    if a["source"] and not os.path.isdir(a["source"]):
-        raise UserError(f"--from {a['source']}: no such folder")
+    for flag, folder in (("--from", a["source"]), ("--rival", a["rival"])):
+        if folder and not os.path.isdir(folder):
+            raise UserError(f"{flag} {folder}: no such folder")
     if a["source"] and os.path.realpath(a["source"]) == os.path.realpath(cfg.out):
         raise UserError("--from and --out are the same folder: give another --out")
-    return a["stage"], cfg, a["source"], a["fresh"], given
+    return a["stage"], cfg, a["source"], a["fresh"], given, a
 
 
 def check(cfg):
@@ -1721,16 +1885,17 @@ def main(argv=None):
     """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake; 130 after Ctrl-C."""
     run, before = None, signal.getsignal(signal.SIGINT)
     try:
-        stage, cfg, source, fresh, given = parse(argv)
+        stage, cfg, source, fresh, given, a = parse(argv)
         torch.set_flush_denormal(True)           # peaked softmaxes are full of denormals, slow on a CPU
         run = Run(cfg, source, fresh)
         signal.signal(signal.SIGINT, run.log.interrupt)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
         with precision(run.device, cfg.dtype):
-            for name in {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage]):
+            names = {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage])
+            for name in names + [m for m in a["methods"] if m != "best_of_n"]:
                 run.model(name)
             if stage in ("all", "evaluate"):
-                run.evaluate()
+                run.evaluate(a["methods"], a["rival"])
     except UserError as e:
         print(f"instructgpt.py: {e}", file=sys.stderr)
         return 2
