@@ -702,6 +702,7 @@ IGNORING = {
     "token_rewards": ([EMPTY_SCORE, ~MASK, ~MASK],
                       lambda s, new, ref: (ig.token_rewards(s, new, ref, MASK, 0.3) * COLUMNS[0]).sum()),
     "gae": ([~MASK, ~MASK], lambda r, v: (torch.stack(ig.gae(r, v, MASK, 0.9, 0.95)) * COLUMNS).sum()),
+    "reinforce": ([~MASK], lambda r: (torch.stack(ig.reinforce(r, None, MASK)) * COLUMNS).sum()),
     "policy_loss": ([~MASK] * 3, lambda new, old, a: ig.policy_loss(new, old, a, MASK)),
     "value_loss": ([~MASK] * 3, lambda v, old, ret: ig.value_loss(v, old, ret, MASK)),
 }
@@ -1057,7 +1058,41 @@ def test_section_c4_learning_rate_warms_up_from_a_tenth_and_stays():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Neighbours: DPO, KTO
+# Neighbours: REINFORCE, DPO, KTO
+
+
+def test_reinforce_gives_each_token_its_whole_episode_less_the_mean():
+    rewards, rows = normal(*MASK.shape), [0, 1, 2]
+    advantages, returns = ig.reinforce(rewards[rows], None, MASK[rows])
+    totals = [sum(r for r, m in zip(rewards[i].tolist(), MASK[i]) if m) for i in rows]
+    for i in rows:
+        for t in range(MASK.size(1)):
+            assert returns[i, t].item() == pytest.approx(totals[i] if MASK[i, t] else 0)
+            want = totals[i] - sum(totals) / 3 if MASK[i, t] else 0
+            assert advantages[i, t].item() == pytest.approx(want, abs=1e-6)
+
+
+def test_reinforce_gradient_is_that_of_the_lecture_notes():
+    """(1/B) sum_i (R_i - b) grad log p(s_i), but for the constant that makes a token mean of a sum."""
+    logprobs, rewards, mask = normal(3, 6).requires_grad_(), normal(3, 6, seed=1), MASK[:3]
+    advantages, _ = ig.reinforce(rewards, None, mask)
+    got, = torch.autograd.grad(-ig.policy_loss(logprobs, logprobs.detach(), advantages, mask), logprobs)
+    R = (rewards * mask).sum(1)
+    likelihood = ((R - R.mean()) * (logprobs * mask).sum(1)).mean()
+    want, = torch.autograd.grad(likelihood, logprobs)
+    close(got, want * 3 / mask.sum())
+
+
+def test_reinforce_stands_in_the_loop_of_ppo(enc, sets, small_corpus):
+    cfg, log, seen, cpu = ig.Config(**SMALL), Quiet(), [], torch.device("cpu")
+    policy, reward_model = small_models(enc)
+    ig.ppo(cfg, enc, policy, reward_model, small_prompts(enc, sets), small_corpus, 1.0, cpu, log,
+           lambda *a: seen.append(a) or ig.reinforce(*a))
+    (e, numbers), (rewards, _, mask, discount, lam) = log.iterations[0], seen[0]
+    assert len(seen) == cfg.iterations and discount == 1.0 and torch.equal(rewards, e["rewards"])
+    close(e["raw_advantages"], ig.reinforce(rewards, None, mask)[0])
+    close(e["advantages"], ig.whiten(e["raw_advantages"], mask))
+    assert numbers[0]["|ptx|"] > 0                                     # with the mix of PPO-ptx
 
 
 def test_dpo_is_log_2_at_the_reference_and_its_gradient_by_hand():
@@ -1092,6 +1127,91 @@ def test_kto_is_its_definition():
         terms.append(1.5 * (1 - sigma(z)) if g else 0.8 * (1 - sigma(-z)))
     got = ig.kto_loss(*map(torch.tensor, (logp, ref, good, kl0)), beta, 1.5, 0.8)
     assert got.item() == pytest.approx(sum(terms) / 3, rel=1e-5)
+
+
+def test_kto_kl0_is_the_mean_log_ratio_never_negative_and_without_gradient():
+    logp, ref = normal(5).requires_grad_(), normal(5, seed=1)
+    up, down = ig.kto_kl0(logp + 9, ref), ig.kto_kl0(logp - 9, ref)
+    close(up, (logp + 9 - ref).mean().detach())
+    assert down == 0 and not up.requires_grad and not down.requires_grad
+
+
+COMPARED = [{"prompt": p, "responses": [f"a {w}." for w in words], "ranks": ranks,
+             "ended": [True] * len(words)} for p, words, ranks in (
+                ("What is a cat?", ["cat", "dog", "hat"], [2, 1, 2]), ("What is a hen?", ["hen", "cow"], [1, 2]),
+                ("What is a map?", ["map", "map", "key", "box"], [1, 1, 3, 2]),
+                ("What is a pen?", ["pen", "fox"], [1, 1]))]                       # the last has no pair
+
+
+def sums(model, enc, prompt, response):
+    """Slow twin: log pi(y|x), one response alone."""
+    x, y = ig.encode_prompt(enc, prompt), ig.encode_response(enc, response)
+    logits = model(torch.tensor([x + y[:-1]]))[0].log_softmax(-1)
+    return sum(logits[len(x) - 1 + t, token] for t, token in enumerate(y))
+
+
+def first_loss(enc, monkeypatch, method, moved):
+    """train_on_comparisons' first loss, with the reference moved away from the policy so that it shows."""
+    policy, _ = small_models(enc)
+    reference, log = move(deepcopy(policy), size=moved), Quiet()
+    monkeypatch.setattr(ig, "freeze", lambda m: reference if m is policy else m)   # its reference is ours
+    ig.train_on_comparisons(ig.Config(), enc, method, policy, COMPARED, torch.device("cpu"), log)
+    return policy, reference, log.lines[0][2]["loss"]
+
+
+def test_dpo_trains_on_all_pairs_of_a_prompt_and_on_no_others(enc, monkeypatch):
+    policy, reference, got = first_loss(enc, monkeypatch, "dpo", 0.02)
+    ratio = lambda p, y: sums(policy, enc, p, y) - sums(reference, enc, p, y)
+    pairs = [(c["prompt"], c["responses"][i], c["responses"][j]) for c in COMPARED
+             for i, j in itertools.permutations(range(len(c["ranks"])), 2)
+             if c["ranks"][i] < c["ranks"][j]]
+    pairs = sorted(set(pairs))                                         # equal texts are one response
+    losses = [-F.logsigmoid(0.2 * (ratio(p, w) - ratio(p, l))).item() for p, w, l in pairs]
+    assert len({p for p, _, _ in pairs}) == 3 and got == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_kto_calls_desirable_what_ranks_above_the_mean_and_mismatches_for_kl0(enc, monkeypatch):
+    shifted = []
+    real = ig.kto_kl0
+    monkeypatch.setattr(ig, "kto_kl0", lambda *a: shifted.append(a) or real(*a))
+    policy, reference, got = first_loss(enc, monkeypatch, "kto", 0.02)
+    rows = [(c["prompt"], text, rank, sum(kept) / len(kept)) for c in COMPARED[:3]
+            for ranks in [dict(zip(c["responses"], c["ranks"]))] for kept in [list(ranks.values())]
+            for text, rank in ranks.items()]
+    ratio = lambda p, y: (sums(policy, enc, p, y) - sums(reference, enc, p, y)).item()
+    mismatched = (shifted[0][0] - shifted[0][1]).tolist()
+    others = [ratio(p, y) for p, _, _, _ in rows for q, y, _, _ in rows if p != q]
+    assert len(mismatched) == len(rows)                                # each with another prompt's response
+    assert all(min(abs(x - y) for y in others) < 1e-4 for x in mismatched)
+    kl0 = max(0, sum(mismatched) / len(rows))
+    sigma = lambda z: 1 / (1 + math.exp(-z))
+    terms = [sigma(-0.2 * (ratio(p, y) - kl0)) if rank < mean else sigma(0.2 * (ratio(p, y) - kl0))
+             for p, y, rank, mean in rows]
+    assert got == pytest.approx(sum(terms) / len(rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("method, begin", [("dpo", math.log(2)), ("kto", 0.5)])
+def test_neighbours_start_at_the_reference_and_learn_to_prefer(enc, method, begin):
+    (policy, _), log, cpu = small_models(enc), Quiet(), torch.device("cpu")
+    before = weights(policy).clone()
+    cfg = ig.Config(policy_lr=1e-2, beta=0.5, rm_batch=4)
+    trained = ig.train_on_comparisons(cfg, enc, method, policy, COMPARED * 20, cpu, log)
+    losses = [numbers["loss"] for _, _, numbers in log.lines]
+    assert losses[0] == pytest.approx(begin, abs=1e-5) and losses[-1] < 0.8 * begin
+    assert torch.equal(weights(policy), before)                                    # reference and start
+    for c in COMPARED[:2]:
+        best, worst = (c["responses"][c["ranks"].index(r)] for r in (min(c["ranks"]), max(c["ranks"])))
+        margin = lambda m: (sums(m, enc, c["prompt"], best) - sums(m, enc, c["prompt"], worst)).item()
+        assert margin(trained) > margin(policy) + 0.5
+
+
+def test_neighbours_micro_batches_are_parts_of_the_same_batch(enc):
+    (policy, _), cpu = small_models(enc), torch.device("cpu")
+    for method in ("dpo", "kto"):
+        cfg = ig.Config(rm_batch=3, micro_batch=27, policy_lr=1e-3)
+        one, three = (ig.train_on_comparisons(c, enc, method, policy, COMPARED[:3], cpu, Quiet())
+                      for c in (cfg, replace(cfg, micro_batch=0)))
+        close(weights(one), weights(three))
 
 
 # ------------------------------------------------------------------------------------------------------------
