@@ -2082,6 +2082,156 @@ def test_data_card_counts_are_the_files(sets):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# A user's own data, preferences, methods and rivals
+
+FAST = ("--device cpu --n_layer 1 --n_head 2 --n_embd 16 --pretrain_steps 20 --pretrain_batch 4 --sft_epochs 1 "
+        "--rm_prompts 30 --iterations 2 --episodes 16 --minibatches 2 --test_prompts 12 --judges 1").split()
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, sets):
+    """A folder of a user's own data, in the field's formats, without the toy world."""
+    folder, demos = tmp_path_factory.mktemp("own"), sets["sft_train"][:80]
+    for name in ("vocab.tiktoken", "pretrain_valid.txt"):
+        shutil.copy(os.path.join(DATA, name), folder)
+    shutil.copy(os.path.join(DATA, "pretrain_valid.txt"), folder / "pretrain.txt")
+    write_rows(folder / "sft_train.jsonl", [
+        {"prompt": d["prompt"], "completion": d["completion"]} if i % 2 else
+        {"messages": [{"role": "user", "content": d["prompt"]},
+                      {"role": "assistant", "content": d["completion"]}]} for i, d in enumerate(demos)])
+    write_rows(folder / "comparisons.jsonl", [
+        {"prompt": f"Who has key {i // 2}?", "chosen": "Tom has it.", "rejected": f"the {i}"} if i % 3 else
+        {"prompt": f"Who has key {i // 2}?", "responses": ["I do.", "no", "Tom."], "ranks": [1, 2, 1]}
+        for i in range(40)])
+    for name in ("ppo_train.jsonl", "test.jsonl"):
+        write_rows(folder / name, [{"prompt": d["prompt"]} for d in demos])
+    return folder
+
+
+def test_own_data_train_and_are_judged_by_a_second_reward_model(own, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert ig.main([*FAST, "--data", str(own), "--out", str(out), "--methods", "dpo", "best_of_n"]) == 0
+    text, r = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert "a second reward model, trained on the held-out comparisons" in text and not list(out.glob("*.part"))
+    assert list(r["models"]) == ["GPT", "SFT", "PPO", "PPO-ptx", "DPO", "best of 9"]
+    assert r["models"]["SFT"]["win_vs_sft"] == 0.5 and set(r["reward_model"]) >= {"accuracy"}
+    assert all("gold" not in m and m["pretrain_loss"] > 0 and 0 <= m["win_vs_sft"] <= 1
+               for m in r["models"].values())
+    assert not (out / "comparisons.jsonl").exists()                    # given, so none were collected
+    assert "gold" not in text.replace("gold     true quality", "").replace("rise with score", "")
+    stages = Counter(json.loads(line)["stage"] for line in open_lines(out / "log.jsonl"))
+    assert "collect" not in stages and stages["judge"] == 2 and stages["rm"] == 4     # 5 and 15 of 20 prompts
+
+
+def test_held_out_comparisons_share_no_prompt_with_the_training_ones(own, tmp_path):
+    run = ig.Run(ig.Config(data=str(own), out=str(tmp_path), device="cpu"), None, False)
+    train, valid = ({c["prompt"] for c in run.comparisons(split)} for split in ("train", "valid"))
+    assert (len(train), len(valid)) == (15, 5) and not train & valid
+
+
+def test_own_split_of_comparisons_is_kept(own, tmp_path):
+    path = tmp_path / "c.jsonl"
+    write_rows(path, [{**c, "split": "valid" if i < 3 else "train"} for i, c in enumerate(COMPARED)])
+    run = ig.Run(ig.Config(data=str(own), comparisons=str(path), out=str(tmp_path), device="cpu"), None, False)
+    assert [c["prompt"] for c in run.comparisons("valid")] == [c["prompt"] for c in COMPARED[:3]]
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda folder: (folder / "comparisons.jsonl").unlink(), "--comparisons"),
+    (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[:3]), "of at least four prompts"),
+    (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[3:]), "no pair of different rank"),
+    (lambda folder: (folder / "test.jsonl").unlink(), "test.jsonl"),
+    (lambda folder: (folder / "pretrain.txt").unlink(), "pretrain.txt"),
+    (lambda folder: (folder / "vocab.tiktoken").unlink(), "vocab.tiktoken")])
+def test_own_data_that_lack_something_get_one_line(own, change, told, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(own, folder)
+    change(folder)
+    assert ig.main([*FAST, "--data", str(folder), "--out", str(tmp_path / "out"), "--ptx_coef", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and told in error and not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_own_data_without_text_train_without_the_mixes(own, tmp_path, capsys):
+    folder, out = tmp_path / "data", str(tmp_path / "out")
+    shutil.copytree(own, folder)
+    assert ig.main(["pretrain", *FAST, "--data", str(folder), "--out", out]) == 0
+    (folder / "pretrain.txt").unlink()
+    (folder / "pretrain_valid.txt").unlink()
+    words = [*FAST, "--data", str(folder), "--out", out, "--sft_mix", "0", "--ptx_coef", "0"]
+    assert ig.main(words) == 0, capsys.readouterr().err
+    models = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert list(models) == ["GPT", "SFT", "PPO"] and "pretrain_loss" not in models["PPO"]
+
+
+def test_given_comparisons_train_the_reward_model_in_the_toy_world(smoke, tmp_path, capsys):
+    """As `label` writes them: none are collected but those that validate, and more lines are another file."""
+    path, out = tmp_path / "labels.jsonl", str(tmp_path / "out")
+    write_rows(path, COMPARED)
+    words = ["rm", "--smoke", "--device", "cpu", "--out", out, "--comparisons", str(path)]
+    assert ig.main([*words, "--from", str(smoke[0])]) == 0
+    split = [json.loads(line)["split"] for line in open_lines(tmp_path / "out" / "comparisons.jsonl")]
+    assert set(split) == {"valid"} and len(split) == 30
+    run = ig.Run(ig.Config(comparisons=str(path), out=out, device="cpu"), None, False)
+    assert [c["prompt"] for c in run.comparisons("train")] == [c["prompt"] for c in COMPARED]
+    assert "rm " in capsys.readouterr().out
+    assert ig.main(words) == 0                                         # finished: nothing to do
+    write_rows(path, COMPARED * 2)
+    capsys.readouterr()
+    assert ig.main(words) == 2 and "labels.jsonl" in capsys.readouterr().err
+    assert ig.main([*words[:-1], str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_methods_stand_in_the_table_beside_a_rival(smoke, tmp_path, capsys):
+    out, rival = tmp_path / "out", tmp_path / "rival"
+    shutil.copytree(smoke[0], out)
+    words = ["--smoke", "--device", "cpu"]
+    assert ig.main(["pretrain", *words, "--n_embd", "96", "--pretrain_steps", "20", "--out", str(rival)]) == 0
+    words += ["evaluate", "--test_prompts", "30", "--out", str(out)]
+    assert ig.main([*words, "--methods", "reinforce", "dpo", "kto", "best_of_n", "--rival", str(rival)]) == 0
+    text, r = capsys.readouterr().out, json.loads((out / "results.json").read_text())["models"]
+    assert list(r) == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx", "REINFORCE", "DPO", "KTO", "best of 9",
+                       "rival GPT"]
+    table = text[text.index("preferred"):]
+    assert all(name in table for name in r) and "rival" in table.splitlines()[1]
+    assert r["rival GPT"]["parameters"] > 1.5 * r["PPO-ptx"]["parameters"]
+    assert r["rival GPT"]["win_vs_rival"] == 0.5 and 0 <= r["PPO-ptx"]["win_vs_rival"] <= 1
+    assert r["best of 9"]["reward"] > r["SFT"]["reward"] + 0.1
+    assert r["best of 9"]["kl"] == pytest.approx(math.log(9) - 8 / 9)
+    assert r["SFT"] == {**r["SFT"], "win_vs_sft": 0.5, "win_vs_sft_gold": 0.5}
+    reinforce = [json.loads(line) for line in open_lines(out / "log.jsonl")]
+    assert sum(line["stage"] == "reinforce" for line in reinforce) == 4
+
+
+def test_a_model_is_measured_alike_whoever_stands_beside_it(smoke, tmp_path):
+    """The judges' luck belongs to the pair of models, not to their order."""
+    out = tmp_path / "out"
+    shutil.copytree(smoke[0], out)
+    before = json.loads((out / "results.json").read_text())["models"]
+    (out / "ppo.pt").unlink()
+    assert ig.main(["evaluate", "--smoke", "--device", "cpu", "--out", str(out)]) == 0
+    after = json.loads((out / "results.json").read_text())["models"]
+    assert list(after) == ["GPT", "GPT (prompted)", "SFT", "PPO-ptx"]
+    assert after == {k: v for k, v in before.items() if k != "PPO"}
+
+
+def test_rival_of_other_data_or_without_a_checkpoint_is_refused(smoke, tmp_path, capsys):
+    words = ["evaluate", "--smoke", "--device", "cpu", "--out", str(smoke[0]), "--rival"]
+    assert ig.main([*words, str(tmp_path)]) == 2 and "pretrain.pt" in capsys.readouterr().err
+    c = ig.load(str(smoke[0] / "pretrain.pt"))
+    ig.save(str(tmp_path / "pretrain.pt"), {**c, "settings": {**c["settings"], "data": "mine"}})
+    assert ig.main([*words, str(tmp_path)]) == 2 and "made with data mine" in capsys.readouterr().err
+    ig.save(str(tmp_path / "pretrain.pt"), {**c, "config": {**c["config"], "block_size": 32}})
+    assert ig.main([*words, str(tmp_path)]) == 2 and "smaller --block_size" in capsys.readouterr().err
+    assert ig.main([*words, "nowhere"]) == 2 and "--rival nowhere" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Killed, interrupted, broken: nothing is lost, nothing lies
 
 TINY = ("--smoke --device cpu --n_embd 32 --pretrain_steps 40 --pretrain_batch 8 --rm_prompts 80 "
