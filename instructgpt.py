@@ -237,9 +237,10 @@ class Block(nn.Module):
         self.ln_1, self.ln_2, self.attn = nn.LayerNorm(width), nn.LayerNorm(width), Attention(c)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x, *cached):
+    def forward(self, x, *cached, keep=None):
         drop = lambda y: F.dropout(y, self.c.dropout, self.training)
         x = x + drop(self.attn(self.ln_1(x), *cached))
+        x = x if keep is None else x[keep]                                      # (B,T,C) or (N,C)
         inner = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.c.gelu)    # (B,T,4C)
         return x + drop(self.mlp.c_proj(inner))
 
@@ -271,10 +272,10 @@ class GPT(nn.Module):
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(c.n_embd + 1))  # Stiennon et al. 2020
             nn.init.zeros_(self.head.bias)
 
-    def hidden(self, tokens, cache=None, position=None, width=None):
-        """(B,T) -> (B,T,C). Without position the tokens stand at 0..T-1, and a cache keeps their keys
-        and values. With position (B,1): one token a row, which sees the columns 0..position of the
-        cache's first `width`."""
+    def hidden(self, tokens, cache=None, position=None, width=None, keep=None):
+        """(B,T) -> (B,T,C) or, with keep, (N,C). Without position the tokens stand at 0..T-1, and a cache
+        keeps their keys and values. With position (B,1): one token a row, which sees the columns
+        0..position of the cache's first `width`."""
         slots = bias = None
         if position is None:
             if tokens.size(1) > self.config.block_size:
@@ -287,7 +288,8 @@ class GPT(nn.Module):
             bias = (-1e30 * later[:, None, None]).to(cache[0].dtype)            # (B,1,1,width) for all layers
         x = self.wte(tokens) + self.wpe(position)                               # (B,T,C)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], slots, bias)
+            mine = None if cache is None else cache[i]
+            x = block(x, mine, slots, bias, keep=keep if block is self.h[-1] else None)
         return self.ln_f(x)
 
     def project(self, x):
@@ -297,9 +299,10 @@ class GPT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.head(x.float()).squeeze(-1)
 
-    def forward(self, tokens):
-        """tokens (B,T) -> logits (B,T,vocab) or, with the scalar head, (B,T)."""
-        return self.project(self.hidden(tokens))
+    def forward(self, tokens, keep=None):
+        """tokens (B,T) -> logits (B,T,vocab) or, with the scalar head, (B,T); with keep (B,T) bool only its N
+        entries, (N,vocab) or (N,): what is not read needs no last MLP and no head, and these are dear."""
+        return self.project(self.hidden(tokens, keep=keep))
 
     def new_cache(self, B, T):
         """Keys and values of each layer: a list of (2,B,H,T,C/H), written in place."""
@@ -437,14 +440,17 @@ def whiten(x, mask):
 def token_logprobs(model, tokens, temperature=1.0, mask=None):
     """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). Log-softmax in float32 whatever the model's type.
     The temperature is the sampler's: what is scored must be what was sampled from. With a mask (B,T-1) only
-    its N entries meet the vocabulary, the dearest layer, and go back to their places; elsewhere stands 0."""
+    its N entries are computed and go back to their places; elsewhere stands 0."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]                             # (B,T-1) each
-    if mask is None:
-        logits = model(inputs)                                                  # (B,T-1,V)
-    else:
-        logits, targets = model.project(model.hidden(inputs)[mask]), targets[mask]             # (N,V), (N,)
+    logits = model(inputs) if mask is None else model(inputs, mask)             # (B,T-1,V) or (N,V)
+    targets = targets if mask is None else targets[mask]                        # (B,T-1) or (N,)
     y = F.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[..., None]).squeeze(-1)
     return y if mask is None else torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, y)
+
+
+def token_values(value_net, tokens, mask):
+    """V of the states in which the response tokens are chosen: (B,T) -> (B,T-1), 0 outside the mask."""
+    return torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, value_net(tokens[:, :-1], mask))
 
 
 def lm_loss(model, tokens, mask=None):
@@ -455,8 +461,8 @@ def lm_loss(model, tokens, mask=None):
 
 def reward_scores(reward_model, tokens, last):
     """r_theta(x, y): the score read at index last (B,) of each row (its EOS, if it ended): (B,T) -> (B,)."""
-    x = reward_model.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), last]     # (B,C)
-    return reward_model.project(x)
+    read = torch.arange(tokens.size(1), device=tokens.device) == last[:, None]  # (B,T)
+    return reward_model(tokens, read)
 
 
 def reward_loss(scores, ranks):
@@ -595,12 +601,7 @@ def accumulate(loss, weights, size=0):
 
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that are there, clipped at norm 1."""
-    try:
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-    except RuntimeError as e:
-        for name, p in model.named_parameters():
-            finite(f"the gradient of {name}", p.grad)
-        raise NotFinite(f"the gradient: {e}") from e
+    finite("the gradient's norm", nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -705,12 +706,6 @@ def encode_comparison(enc, c, longest):
     return encode_prompt(enc, c["prompt"]), responses, ranks
 
 
-def encode_comparisons(enc, comparisons, longest):
-    """All of them that hold at least one pair, encoded."""
-    data = [encode_comparison(enc, c, longest) for c in comparisons]
-    return [d for d in data if len({r for r in d[2] if r}) > 1]
-
-
 def score_comparisons(reward_model, batch, device):
     """Encoded comparisons -> scores (B,K), ranks (B,K), K the most of any prompt. One forward a response."""
     flat = [(b, k, x, y) for b, (x, ys, ranks) in enumerate(batch) for k, y in enumerate(ys) if ranks[k]]
@@ -726,7 +721,8 @@ def score_comparisons(reward_model, batch, device):
 def train_reward_model(cfg, enc, model, comparisons, demos, device, log, name="rm"):
     """The reward model, from the SFT model, on all pairs of each prompt; one epoch, as more overfit (C.2)."""
     generator, reward_model = seed(cfg, name), copy_of(model, head="scalar").train()
-    data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
+    data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
+    data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
     lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
     plan = epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
     size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, of up to k_max rows each
@@ -786,7 +782,7 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
     ref = by_length(lambda x, m, n: token_logprobs(reference, x, cfg.temperature, m), r, length)    # (B,T-1)
     rewards = token_rewards(scores, r.logprobs, ref, r.mask, cfg.beta)          # (B,T-1)
     # 4. Values of the states, advantages (whitened over the whole batch) and returns.
-    values = by_length(lambda x, m, n: value_net(x[:, :-1]), r, length)         # (B,T-1)
+    values = by_length(lambda x, m, n: token_values(value_net, x, m), r, length)     # (B,T-1)
     advantages, returns = estimate(rewards, values, r.mask, 1.0, cfg.lam)       # (B,T-1) each
     return {"tokens": r.tokens, "mask": r.mask, "logprobs": r.logprobs, "ref_logprobs": ref,
             "rewards": rewards, "values": values, "raw_advantages": advantages,
@@ -813,7 +809,7 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
 
     def error(i):
         tokens, mask, old, returns = cut(e, rows[i], "mask", "values", "returns")
-        return value_loss(value_net(tokens[:, :-1]), old, returns, mask, cfg.value_clip)
+        return value_loss(token_values(value_net, tokens, mask), old, returns, mask, cfg.value_clip)
 
     # 5. PPO's gradient ...
     accumulate(surrogate, weights, cfg.micro_batch)
@@ -903,8 +899,10 @@ def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
     """DPO or KTO: the SFT model after one pass over the comparisons. DPO takes all pairs of a prompt; to KTO
     an answer is desirable if it ranks above its prompt's mean."""
     generator, policy, reference = seed(cfg, method), copy_of(model), freeze(model)
-    data, optimizer = encode_comparisons(enc, comparisons, cfg.max_new_tokens), adamw(policy, cfg.policy_lr)
+    data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
+    data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
     plan = epochs([len(x) for x, _, _ in data], cfg.rm_batch, 1, generator)
+    optimizer = adamw(policy, cfg.policy_lr)
 
     def loss(batch):
         rows = [(i, r, x, y) for i, (x, ys, ranks) in enumerate(batch) for y, r in zip(ys, ranks) if r]

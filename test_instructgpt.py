@@ -649,6 +649,23 @@ def test_token_logprobs_of_the_mask_alone_are_those_of_all():
         close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_kept_positions_are_those_of_all_and_no_others_meet_the_last_mlp(head):
+    model, tokens = tiny(head), torch.randint(V, (4, 7), generator=seeded(0))
+    rows = []
+    model.h[1].mlp.c_fc.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:-1].numel()))
+    results = []
+    for y in (model(tokens)[F.pad(MASK, (0, 1))], model(tokens, F.pad(MASK, (0, 1)))):
+        results.append([y, *torch.autograd.grad((y * normal(*y.shape)).sum(), list(model.h.parameters()))])
+    close(*results)
+    assert rows == [tokens.numel(), int(MASK.sum())]
+
+
+def test_token_values_are_those_of_the_mask():
+    model, tokens = tiny("scalar"), torch.randint(V, (4, 7), generator=seeded(0))
+    close(ig.token_values(model, tokens, MASK), model(tokens[:, :-1]).masked_fill(~MASK, 0))
+
+
 def test_heads_are_not_spent_on_prompts(monkeypatch):
     model, seen = tiny(), []
     tokens, mask, _ = ig.stack(PROMPTS, [[4, EOS], [1], [2, 3, EOS], [EOS]], "cpu")
@@ -2431,7 +2448,7 @@ def test_not_finite_losses_gradients_and_scores_are_named(bad, enc, sets):
         ig.accumulate(lambda i: weights(model).sum() * 0 + bad, torch.ones(1))
     ig.lm_loss(model, torch.arange(6)[None]).backward()
     model.h[1].mlp.c_fc.weight.grad[2, 3] = bad
-    with pytest.raises(ig.NotFinite, match="the gradient of h.1.mlp.c_fc.weight became"):
+    with pytest.raises(ig.NotFinite, match="the gradient's norm became"):
         ig.clip_and_step(model, optimizer, 0.1)
     assert torch.equal(weights(model), before)                         # no step was made
     policy, reward_model = small_models(enc)
