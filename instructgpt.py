@@ -7,6 +7,7 @@ feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world th
     python instructgpt.py sft                                 one stage, and what it needs
     python instructgpt.py --from out --out out_b --beta 0.1   another beta on the pretrain, sft, rm of out/
     python instructgpt.py ppo --ptx_coef 0                    plain PPO alone
+    python instructgpt.py --init model.safetensors --encoding gpt2 --out out_g     from GPT-2's weights
     python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
 
 Ctrl-C saves, and the same command goes on where it was.
@@ -25,7 +26,9 @@ Read it beside the paper, top to bottom; you can stop after each section:
     Neighbours            DPO and KTO on one screen
     Evaluation            preference, truth, manners, bias, the alignment tax; table, picture     4
     On a GPU              the sampler's step as a CUDA graph, bfloat16
-    Command line          log, readers of data, checkpoints, stages, flags
+    Command line          log, readers of data, checkpoints
+    GPT-2 weights         as published: read, checked, turned
+    Stages                which needs which, flags
 
 What differs from the paper, and why
   * People, customers and the web are simulated (data/toyworld.py), so the true quality, "gold", is known.
@@ -93,6 +96,8 @@ class Config:
     n_embd: int = setting(128, "width", "2,048 to 12,288", "pretrain")
     block_size: int = setting(64, "context, tokens", "2,048", "pretrain")
     # step 0: pretraining
+    init: str = setting("", "file of GPT-2 weights; empty: pretrain from nothing", stage="pretrain")
+    encoding: str = setting("", "tiktoken's name (gpt2) or a rank file; empty: --data's", stage="pretrain")
     pretrain_steps: int = setting(2800, "optimizer steps", "300 B tokens (GPT-3)", "pretrain")
     pretrain_batch: int = setting(32, "rows of block_size tokens a step", "1 to 3.2 M tokens", "pretrain")
     pretrain_lr: float = setting(2e-3, "peak learning rate, cosine to a tenth", "2e-4 to 6e-5", "pretrain")
@@ -138,7 +143,8 @@ class Config:
 
 MARK = "\n>"
 EOT = "<|endoftext|>"
-PIECES = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"       # newline, word with its space, number, ...
+# GPT-2's pieces: contraction; word, number or signs, with a space before them; blanks, but for that space.
+PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def encode_prompt(enc, text):
@@ -659,12 +665,12 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
     """A response to each prompt (ids) -> list of {"ids", "text", "ended", "logprobs"} in the same order.
     `one_line` cuts at the first newline: our way to end GPT's answers, which run on; the paper cuts so in its
     public tasks (4.2). Rows of about one length go together: the prompts' length, or the one given."""
-    out, newline = [None] * len(prompts), enc.encode_ordinary("\n")[0]
+    out, eos = [None] * len(prompts), enc.eot_token
     order = sorted(range(len(prompts)), key=(lengths or [len(x) for x in prompts]).__getitem__)
     for part in (order[s:s + size] for s in range(0, len(order), size)):
-        r = rollout(policy, [prompts[i] for i in part], max_new_tokens, enc.eot_token, temperature, generator)
+        r = rollout(policy, [prompts[i] for i in part], max_new_tokens, eos, temperature, generator)
         for i, ids, logprobs, mask in zip(part, r.responses(), r.logprobs.cpu(), r.mask.cpu()):
-            stops = [n for n, t in enumerate(ids) if t == enc.eot_token or one_line and t == newline]
+            stops = [n for n, t in enumerate(ids) if t == eos or one_line and "\n" in enc.decode([t])]
             ids = ids[:stops[0] + 1] if stops else ids
             text = enc.decode(ids[:-1] if stops else ids).removeprefix(" ")
             out[i] = {"ids": ids, "text": text, "ended": bool(stops),
@@ -1225,7 +1231,7 @@ def precision(device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Command line: the log, readers of data, stages with their checkpoints, flags.
+# Command line: the log, readers of data, checkpoints.
 
 
 class UserError(Exception):
@@ -1360,7 +1366,7 @@ MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx", "
           "DPO": "dpo", "KTO": "kto"}
 
 
-LONGEST = 1_000_000                              # characters a line: words of megabytes take a tokenizer long
+LONGEST = 400_000                                # characters a line: a tokenizer fails at a million blanks
 
 
 def read_text(path):
@@ -1404,14 +1410,26 @@ def load_encoding(path):
         ranks[token] = len(ranks)
     if any(bytes([i]) not in ranks for i in range(256)):
         raise UserError(f"{path}: a single byte has no token; a tiktoken rank file has one for all 256")
-    return tiktoken.Encoding("toyworld", pat_str=PIECES, mergeable_ranks=ranks,
-                             special_tokens={EOT: len(ranks)})
+    return tiktoken.Encoding(path, pat_str=PIECES, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+
+
+def find_encoding(name):
+    """tiktoken's own encoding, from its cache or the network, or that of a rank file. UserError."""
+    if name not in tiktoken.list_encoding_names():
+        return load_encoding(name)
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:                       # whatever the loader meets, mostly no network
+        raise UserError(f"--encoding {name}: tiktoken cannot get its file ({type(e).__name__}); run this "
+                        "where there is a network, with TIKTOKEN_CACHE_DIR=DIR set, and copy DIR; or name a "
+                        "rank file") from e
 
 
 def load_corpus(path, enc, length):
-    """Pretraining text, documents between blank lines -> (tokens array, starts of the documents that have
-    `length` tokens from their start on). UserError if there is none."""
-    texts = (d.strip("\n") for d in read_text(path).split("\n\n") if d.strip())
+    """Pretraining text, documents between blank lines (blanks may stand in them) -> (tokens array, starts of
+    the documents that have `length` tokens from their start on). UserError if there is none."""
+    text = "\n".join(line if line.strip() else "" for line in read_text(path).split("\n"))
+    texts = (d.strip("\n") for d in text.split("\n\n") if d.strip())
     docs = [enc.encode_ordinary(d) + [enc.eot_token] for d in texts]
     tokens = np.array([t for d in docs for t in d], np.uint16 if enc.n_vocab <= 65536 else np.int32)  # (N,)
     starts = np.cumsum([0] + [len(d) for d in docs[:-1]])                       # (documents,)
@@ -1513,7 +1531,7 @@ def save(path, x):
 
 
 @contextmanager
-def reading(path):
+def reading(path, told="damaged or not a checkpoint of this program (%s); remove it, and it is made again"):
     """Whatever comes up while a damaged or foreign file is decoded becomes one line."""
     try:
         yield
@@ -1521,8 +1539,7 @@ def reading(path):
         raise
     except Exception as e:
         what = (str(e) or type(e).__name__).splitlines()[0][:80]
-        raise UserError(f"{path}: damaged or not a checkpoint of this program ({what}); remove it, and it is "
-                        "made again") from e
+        raise UserError(f"{path}: {told % what}") from e
 
 
 def load(path, device="cpu"):
@@ -1557,6 +1574,75 @@ def change(c, settings):
                  if c["settings"].get(k) != v), "")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# GPT-2 weights as published (Radford et al. 2019; 124M to 1.5B), in pretraining's place.
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path):
+    """Name -> tensor, or the type's name where it is none of FLOATS. Such a file holds the length of its
+    header (8 bytes, little-endian), the header, {name: {"dtype", "shape", "data_offsets": [from, to]}} as
+    JSON, and the bytes that the offsets count. It is mapped: a tensor is a view, which need not be aligned,
+    and comes into memory as it is used. UserError or whatever else comes up where a file is not so."""
+    data, tensors = np.memmap(path, mode="c"), {}
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, room = json.loads(bytes(data[8:min(start, 10 ** 8)])), len(data) - start   # the format's limit
+    header.pop("__metadata__", None)
+    for name, x in header.items():
+        dtype, (a, b), n = FLOATS.get(x["dtype"]), x["data_offsets"], math.prod(x["shape"])
+        if not 0 <= a <= b <= room or dtype and b - a != n * dtype.itemsize:
+            raise UserError(f"{path}: {name!r} must lie in the {room} bytes after the header and be "
+                            f"{x['dtype']!r}, {x['shape']}, is said to be at {a} to {b}")
+        tensors[name] = x["dtype"] if dtype is None else torch.frombuffer(
+            data, dtype=dtype, count=n, offset=start + a).view(x["shape"])
+    return tensors
+
+
+def from_gpt2(path):
+    """A GPT with the weights of a .safetensors file or, in a file of any other name, of a state dict. The
+    names may begin with "transformer."; names and shapes tell the sizes, and every head is 64 wide. GPT-2's
+    Conv1D holds (in,out), so it is turned. UserError names the first tensor that is not right."""
+    with reading(path, "not GPT-2 weights as published (%s); name a .safetensors file or a state dict's"):
+        there = (read_safetensors(path) if str(path).endswith(".safetensors") else
+                 {str(n): x for n, x in torch.load(path, map_location="cpu", weights_only=True).items()})
+
+    def tensor(name, *shape):                    # a word in the shape stands for any number
+        x = there.get(name, "missing")
+        found = [str(x.dtype)[6:], *x.shape] if isinstance(x, torch.Tensor) else [str(x)[:40]]
+        fits = [n == m or type(n) is str for n, m in zip(shape, found[1:])]
+        if getattr(x, "dtype", None) not in FLOATS.values() or x.ndim != len(shape) or not all(fits):
+            raise UserError(f"{path}: {name} must be float32, float16 or bfloat16, {shape}, is {found}")
+        return x
+
+    prefix = "transformer." * ("transformer.wte.weight" in there)
+    V, C = tensor(prefix + "wte.weight", "vocabulary", "width").shape
+    T = len(tensor(prefix + "wpe.weight", "positions", C))
+    if C % 64 or C == 0:
+        raise UserError(f"{path}: {prefix}wte.weight must be a multiple of 64 wide, a head's width, is {C}")
+    layers = {name.removeprefix(prefix).split(".")[1] for name in there if name.startswith(prefix + "h.")}
+    with torch.device("meta"):                   # no memory, no random numbers: the file fills it
+        model = GPT(GPTConfig(V, T, max(1, len(layers)), C // 64, C, gelu="tanh")).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p = p.t() if name.startswith("h.") and p.ndim == 2 else p
+            p.copy_(tensor(prefix + name, *p.shape))
+            del there[prefix + name]             # no two copies of all weights
+    for name in there:                           # what may be left: the mask, and the head, which is tied
+        tied = name == "lm_head.weight" and torch.equal(tensor(name, V, C).float(), model.wte.weight)
+        if not tied and not name.endswith((".attn.bias", ".attn.masked_bias")):
+            raise UserError(f"{path}: {name!r} must not be there, or the head does not equal wte.weight; a "
+                            f"GPT-2 of {len(layers)} layers has no other tensors")
+    return model
+
+
+GPT.from_gpt2 = staticmethod(from_gpt2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stages with their checkpoints, flags.
+
+
 class Run:
     """The models of one output folder: `model(name)` loads a finished one, or trains it and what it needs."""
 
@@ -1567,7 +1653,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)   # streams and graphs go by the current one
         self.data = cfg.data or os.path.join(os.path.dirname(__file__), "data")
-        self.enc = load_encoding(os.path.join(self.data, "vocab.tiktoken"))
+        self.enc = find_encoding(cfg.encoding or os.path.join(self.data, "vocab.tiktoken"))
         self.world = toyworld(self.data)
         self.toy = dict(task=dict, use_case=str, form=str) if self.world else {}       # fields of its prompts
         self.given = os.path.abspath(cfg.comparisons or os.path.join(self.data, "comparisons.jsonl"))
@@ -1675,7 +1761,7 @@ class Run:
         self.log.settings, self.log.earlier = self.settings(name), 0
         cfg, enc, end = self.cfg, self.enc, (self.device, self.log)
         if name == "pretrain":
-            model = pretrain(cfg, enc, self.corpus(), *end)
+            model = self.initial() if cfg.init else pretrain(cfg, enc, self.corpus(), *end)
         elif name == "sft":
             model = sft(cfg, enc, *before, self.demos(), self.corpus() if cfg.sft_mix else None, *end)
         elif name == "rm":
@@ -1698,6 +1784,16 @@ class Run:
               f"{peak_memory(self.device) / 1e9:.2f} GB of memory at most; {self.path(name + '.pt')}\n",
               flush=True)
         return c
+
+    def initial(self):
+        """GPT-2 from --init, as pretraining leaves its model. UserError if it does not fit the settings."""
+        model, path, block = from_gpt2(self.cfg.init), self.cfg.init, self.cfg.block_size
+        if model.config.vocab_size != self.enc.n_vocab:
+            raise UserError(f"{path}: knows {model.config.vocab_size} tokens, the encoding has "
+                            f"{self.enc.n_vocab}; must be equal: for GPT-2's own add --encoding gpt2")
+        if model.config.block_size < block:
+            raise UserError(f"--block_size {block}: {path} knows {model.config.block_size} positions only")
+        return freeze(model.to(self.device))
 
     def collect(self, model):
         """The simulated labelers' comparisons: for the validation prompts, and for the training prompts, ten
@@ -1790,7 +1886,8 @@ class Run:
         save(self.path("samples.txt"), shown.strip() + "\n")
         save(self.path("picture.svg"), picture(results, history))
         save(self.path("results.json"), json.dumps({
-            "config": asdict(cfg), "seconds": {k: round(v, 1) for k, v in seconds.items()},
+            "config": {**asdict(cfg), **asdict(models["GPT"].config), "block_size": cfg.block_size},
+            "seconds": {k: round(v, 1) for k, v in seconds.items()},
             "reward_model": rm, "models": results}, indent=1) + "\n")
         more = (f" (a second labeler on {rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of the true ones"
                 if "agreement" in rm else "")
@@ -1851,6 +1948,9 @@ def parse(argv):
     a = vars(parser.parse_args(argv))
     given = {f.name: a[f.name] for f in fields(Config) if a[f.name] is not None}
     cfg = Config(**{**(SMOKE if a["smoke"] else {}), **given})
+    for name in given:
+        if cfg.init and name.startswith(("n_", "pretrain_")):
+            raise UserError(f"--{name}: not with --init: its file has been pretrained")
     check(cfg)
     for flag, folder in (("--from", a["source"]), ("--rival", a["rival"])):
         if folder and not os.path.isdir(folder):

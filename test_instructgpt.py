@@ -9,7 +9,7 @@ One test per formula of instructgpt.py, named after its equation or section of t
 As exercises: empty a function of instructgpt.py, run the tests that name its equation, fill it in again.
 Beside most formulas stands a slow twin: the definition in plain Python, which the fast one has to equal.
 The order is the script's: tokens and data, GPT, rollout, formulas, toy world; then the steps, the run in
-miniature and the command line; last the bench.
+miniature, the command line and GPT-2's weights; last the bench.
 """
 import argparse
 import contextlib
@@ -1698,7 +1698,7 @@ def test_reader_refuses_what_is_no_text_file(name, enc, put, tmp_path):
             (good + b"a\xed\xa0\x80", end, "not UTF-8 text", "save the file as UTF-8"),    # half a surrogate
             (good.decode().encode("utf-16"), ":1:", "not UTF-8 text", "save the file as UTF-8"),
             (good + b"a\0b", end, "holds NUL or more", "remove it"), (b"\0", ":1:", "holds NUL", "remove it"),
-            (good + b"a" * 10 ** 7, end, "holds NUL or more than 1,000,000 characters", "remove it")]:
+            (good + b"a" * 10 ** 7, end, f"holds NUL or more than {ig.LONGEST:,} characters", "remove")]:
         start, told = time.process_time(), refusal(put(name, bad), enc)
         assert told.startswith(f"{where} {what}") and advice in told and time.process_time() - start < 2
     (tmp_path / name).unlink()
@@ -1710,8 +1710,19 @@ def test_reader_takes_long_lines_in_reasonable_time(enc, put):
     n, start = ig.LONGEST, time.process_time()
     words = ["x" * n, " " * (n - 1) + "x", "é" * n, "= " * (n // 2)]
     assert len(read(put("pretrain.txt", *words), enc)[0]) > n
-    row, = read(put("prompts.jsonl", {"prompt": "x" * (n - 20)}), enc)
-    assert len(ig.encode_prompt(enc, row["prompt"])) > n - 20 and time.process_time() - start < 10
+    for word in ("x", " "):
+        row, = read(put("prompts.jsonl", {"prompt": word * (n - 20) + "x"}), enc)
+        assert len(ig.encode_prompt(enc, row["prompt"])) > n - 20 and time.process_time() - start < 10
+
+
+def test_blanks_in_blank_lines_change_nothing_and_a_million_of_them_do_no_harm(enc, put):
+    blanks = [" " * ig.LONGEST] * 3              # GPT-2's pattern gives up at a million in one piece
+    many = blanks[0][9:]
+    got = read(put("pretrain.txt", "a cow", *blanks, "a hat" + many, many + "is here"), enc)
+    want = enc.encode_ordinary("a cow") + [enc.eot_token] + enc.encode_ordinary("a hat")
+    assert got[0][:len(want)].tolist() == want and got[1].tolist() == [0, want.index(enc.eot_token) + 1]
+    (tokens, starts), plain = [read(put("pretrain.txt", "a", gap, "b c"), enc) for gap in (" \t", "")]
+    assert tokens.tolist() == plain[0].tolist() and starts.tolist() == plain[1].tolist()
 
 
 @pytest.mark.parametrize("name", JSONL)
@@ -1719,7 +1730,7 @@ def test_reader_takes_long_lines_in_reasonable_time(enc, put):
     ('{"prompt": ', "broken JSON: Expecting value"), ("{'prompt': 'a'}", "broken JSON: Expecting property"),
     ('{"prompt": "a"} {"prompt": "b"}', "broken JSON: Extra data"),
     ('{"prompt": "a\tb"}', "broken JSON: Invalid control"), ('{"prompt": "\\x"}', "broken JSON: Invalid"),
-    ("[" * 10 ** 5, "broken JSON: maximum recursion"), ('{"a":' * 10 ** 5, "broken JSON: maximum recursion"),
+    ("[" * 10 ** 5, "broken JSON: maximum recursion"), ('{"a":' * 50_000, "broken JSON: maximum recursion"),
     ('{"prompt": %s}' % ("9" * 5000), "has 5000 digits"), ("[]", "it must be dict, is []"),
     ('["prompt"]', "it must be dict, is ['prompt']"), ("17", "it must be dict, is 17"),
     ('"prompt"', "it must be dict, is 'prompt'"), ("null", "it must be dict, is missing or null"),
@@ -1864,7 +1875,7 @@ def test_long_prompts_are_counted_and_left_out(put, tmp_path, capsys):
     put("vocab.tiktoken", *LINES["vocab.tiktoken"])
     run = ig.Run(ig.Config(data=str(tmp_path), out=str(tmp_path / "out"), device="cpu"), None, False)
     row = lambda prompt, completion: {"prompt": prompt, "completion": completion}
-    put("sft_train.jsonl", row("x" * 46, "y" * 14), row("x" * 47, "y"), row("x" * 900_000, "y"),
+    put("sft_train.jsonl", row("x" * 46, "y" * 14), row("x" * 47, "y"), row("x" * 390_000, "y"),
         row("x", "y" * 15), chat("user", "assistant", content=ig.EOT))
     (one, full), (two, whole) = run.demos()
     said = capsys.readouterr().out
@@ -1985,6 +1996,7 @@ def test_smoke_run_leaves_what_it_promises(smoke):
     out, text = smoke
     r = json.loads((out / "results.json").read_text())
     assert set(r) == {"config", "seconds", "reward_model", "models"}
+    assert all(r["config"][k] == v for k, v in dict(n_layer=2, n_embd=64, block_size=64, gelu="none").items())
     assert set(r["seconds"]) == {"pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate", "total"}
     assert set(r["reward_model"]) == {"accuracy", "agreement", "gold_accuracy", "gold_accuracy_by_use_case"}
     assert list(r["models"]) == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"]
@@ -2536,6 +2548,340 @@ def test_edge_one_thread_and_two_agree():
     close(loss, loss2)
     close(gradient, gradient2, atol=1e-5, rtol=1e-3)
     assert_same_rollout(r, r2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GPT-2's weights and tokens: small files in the published names and layout
+
+
+def published(vocab=40, width=128, positions=64, layers=2, dtype=torch.float32, prefix="", masks=True):
+    """The tensors of a random GPT-2 of 64-wide heads: weights (in,out), and the masks that old files hold."""
+    shapes = {"wte.weight": (vocab, width), "wpe.weight": (positions, width), "ln_f.weight": (width,),
+              "ln_f.bias": (width,)}
+    for h in (f"h.{i}." for i in range(layers)):
+        shapes |= {h + f"{ln}.{k}": (width,) for ln in ("ln_1", "ln_2") for k in ("weight", "bias")}
+        for name, n, m in (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4),
+                           ("mlp.c_proj", 4, 1)):
+            shapes |= {f"{h}{name}.weight": (n * width, m * width), f"{h}{name}.bias": (m * width,)}
+    w = {prefix + k: ((0.15 if len(s) == 2 else 0.3) * normal(*s, seed=i) + ("ln" in k and "weight" in k))
+         .to(dtype) for i, (k, s) in enumerate(shapes.items())}
+    for h in (f"{prefix}h.{i}." for i in range(layers if masks else 0)):
+        w[h + "attn.bias"] = torch.ones(1, 1, positions, positions, dtype=torch.uint8).tril()
+        w[h + "attn.masked_bias"] = torch.tensor(-1e4)
+    return w
+
+
+def write_weights(path, w, odd=0, **change):
+    """As published: with the ending .safetensors header and bytes, else a state dict. odd: blanks behind the
+    header, after which the tensors are not aligned; change: fields of the header's first entry."""
+    if path.suffix != ".safetensors":
+        torch.save(w, path)
+        return path
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
+             torch.bool: "BOOL", torch.float64: "F64", torch.int64: "I64"}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in w.items():
+        new = x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape),
+                        "data_offsets": [len(data), len(data) + len(new)]}
+        data += new
+    header[next(iter(w))].update(change)
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8 + odd)
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+    return path
+
+
+def slow_gpt2(w, row, heads):
+    """GPT-2's forward pass as published (Conv1D, tanh GELU, tied head) for one row of ids -> (T,V)."""
+    w, T = {k.removeprefix("transformer."): x.float() for k, x in w.items()}, len(row)
+    conv1d = lambda x, name: x @ w[name + ".weight"] + w[name + ".bias"]
+    norm = lambda x, name: ((x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5)
+                            .sqrt() * w[name + ".weight"] + w[name + ".bias"])
+    gelu = lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    x = w["wte.weight"][row] + w["wpe.weight"][:T]                     # (T,C)
+    for h in (f"h.{i}." for i in range(sum(k.endswith("ln_1.bias") for k in w))):
+        qkv = conv1d(norm(x, h + "ln_1"), h + "attn.c_attn")            # (T,3C)
+        q, k, v = (y.view(T, heads, 64).transpose(0, 1) for y in qkv.chunk(3, -1))       # (H,T,64) each
+        scores = (q @ k.transpose(1, 2) / 8).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        x = x + conv1d((scores.softmax(-1) @ v).transpose(0, 1).reshape(T, -1), h + "attn.c_proj")
+        x = x + conv1d(gelu(conv1d(norm(x, h + "ln_2"), h + "mlp.c_fc")), h + "mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpt2_logits_are_those_of_the_published_layout(name, dtype, prefix, tmp_path):
+    w = published(dtype=dtype, prefix=prefix)
+    model = ig.GPT.from_gpt2(write_weights(tmp_path / name, w))
+    assert model.config == ig.GPTConfig(40, 64, 2, 2, 128, gelu="tanh")
+    row = torch.randint(40, (64,), generator=seeded(0)).tolist()
+    with torch.no_grad():
+        got, want = model(torch.tensor([row]))[0], slow_gpt2(w, row, 2)
+    assert (got - want).abs().max() < 1e-4 < 1 < want.abs().max()
+    erf = ig.GPT(replace(model.config, gelu="none"))
+    erf.load_state_dict(model.state_dict())
+    assert (erf(torch.tensor([row]))[0] - want).abs().max() > 1e-4     # so the tanh is seen
+    for n, p in model.named_parameters():        # in memory as GPT has it: (in,out), faster for few rows
+        assert p.dtype == torch.float32 and p.requires_grad
+        assert (p.t() if n.startswith("h.") and p.ndim == 2 else p).is_contiguous(), n
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_gpt2_masks_metadata_tied_head_and_odd_bytes_do_no_harm(name, tmp_path):
+    plain = ig.from_gpt2(write_weights(tmp_path / name, published(masks=False))).state_dict()
+    w = published(prefix="transformer.")
+    w |= {"lm_head.weight": w["transformer.wte.weight"], "transformer.h.1.attn.bias": torch.ones(3).bool(),
+          "transformer.h.0.attn.masked_bias": torch.tensor([1, 2])}    # buffers of whatever type
+    for odd in (0, 1, 3):
+        got = ig.from_gpt2(str(write_weights(tmp_path / name, w, odd))).state_dict()
+        assert got.keys() == plain.keys() and all(torch.equal(got[k], plain[k]) for k in plain)
+    torch.save(w, tmp_path / "2019.bin", _use_new_zipfile_serialization=False)
+    assert all(torch.equal(x, plain[k]) for k, x in ig.from_gpt2(tmp_path / "2019.bin").state_dict().items())
+
+
+def test_safetensors_are_views_of_the_file_and_never_change_it(tmp_path):
+    w = published(dtype=torch.bfloat16)
+    path = write_weights(tmp_path / "model.safetensors", w, odd=1)
+    before, got = path.read_bytes(), ig.read_safetensors(path)
+    assert got.keys() == w.keys() and got["h.0.attn.bias"] == "U8"
+    for name, x in got.items():
+        if name != "h.0.attn.bias" and name != "h.1.attn.bias":
+            assert x.dtype == w[name].dtype and torch.equal(x, w[name])
+    starts = {x.data_ptr() - 2 * w["wte.weight"].numel() for n, x in got.items() if n == "wpe.weight"}
+    assert starts == {got["wte.weight"].data_ptr()}                    # one behind the other, as in the file
+    got["wte.weight"].zero_()
+    assert path.read_bytes() == before
+
+
+def without(w, name):
+    return {k: x for k, x in w.items() if k != name}
+
+
+FLOAT = "must be float32, float16 or bfloat16, "
+WRONG = {                                        # what is wrong -> weights, and what is told of it
+    "missing": lambda w: (without(w, "h.1.ln_2.bias"), f"h.1.ln_2.bias {FLOAT}(128,), is ['missing']"),
+    "no embedding": lambda w: (without(w, "wte.weight"),
+                               f"wte.weight {FLOAT}('vocabulary', 'width'), is ['missing']"),
+    "no positions": lambda w: (without(w, "wpe.weight"), f"wpe.weight {FLOAT}('positions', 128), is ['missi"),
+    "no layers": lambda w: ({k: x for k, x in w.items() if k[:2] != "h."}, "h.0.ln_1.weight must be"),
+    "misnamed": lambda w: ({**without(w, "ln_f.bias"), "ln_f.beta": w["ln_f.bias"]}, "ln_f.bias must be"),
+    "a layer left out": lambda w: ({k.replace("h.1.", "h.2."): x for k, x in w.items()},
+                                   "h.1.ln_1.weight must be"),
+    "not turned": lambda w: (w | {"h.0.attn.c_attn.weight": w["h.0.attn.c_attn.weight"].t()},
+                             f"h.0.attn.c_attn.weight {FLOAT}(128, 384), is ['float32', 384, 128]"),
+    "shape": lambda w: (w | {"h.1.mlp.c_fc.bias": torch.zeros(513)},
+                        f"h.1.mlp.c_fc.bias {FLOAT}(512,), is ['float32', 513]"),
+    "dimensions": lambda w: (w | {"ln_f.bias": torch.zeros(128, 1)},
+                             f"ln_f.bias {FLOAT}(128,), is ['float32', 128, 1]"),
+    "fewer dimensions": lambda w: (w | {"wte.weight": torch.zeros(40)},
+                                   f"wte.weight {FLOAT}('vocabulary', 'width'), is ['float32', 40]"),
+    "width": lambda w: (w | {"wpe.weight": torch.zeros(64, 64)},
+                        f"wpe.weight {FLOAT}('positions', 128), is ['float32', 64, 64]"),
+    "float64": lambda w: (w | {"ln_f.bias": w["ln_f.bias"].double()}, f"ln_f.bias {FLOAT}(128,), is ['F64']"),
+    "int64": lambda w: (w | {"ln_f.bias": w["ln_f.bias"].long()}, f"ln_f.bias {FLOAT}(128,), is ['I64']"),
+    "heads": lambda w: (published(width=96), "wte.weight must be a multiple of 64 wide, a head's width"),
+    "unexpected": lambda w: (w | {"h.0.attn.rotary": torch.zeros(2)}, "'h.0.attn.rotary' must not be there"),
+    "unexpected prefix": lambda w: (w | {"transformer.ln_f.bias": torch.zeros(128)},
+                                    "'transformer.ln_f.bias' must not be there"),
+    "untied head": lambda w: (w | {"lm_head.weight": w["wte.weight"] + 1e-3},
+                              "'lm_head.weight' must not be there, or the head does not equal wte.weight"),
+    "head's shape": lambda w: (w | {"lm_head.weight": w["wte.weight"][1:]},
+                               f"lm_head.weight {FLOAT}(40, 128), is ['float32', 39, 128]")}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("what", WRONG)
+def test_gpt2_tensor_that_does_not_fit_is_named(what, name, tmp_path):
+    w, told = WRONG[what](published(masks=what != "misnamed"))
+    path = write_weights(tmp_path / name, w)
+    with pytest.raises(ig.UserError) as e:
+        ig.GPT.from_gpt2(str(path))
+    assert_one_line(str(e.value), path)
+    if path.suffix != ".safetensors":            # whose types have other names
+        told = told.replace("'F64'", "'float64', 128").replace("'I64'", "'int64', 128")
+    assert str(e.value).startswith(f"{path}: {told}")
+
+
+def test_gpt2_names_with_prefix_are_told_with_it(tmp_path):
+    w = without(published(prefix="transformer."), "transformer.h.1.ln_2.bias")
+    with pytest.raises(ig.UserError, match=r"transformer\.h\.1\.ln_2\.bias must be"):
+        ig.from_gpt2(write_weights(tmp_path / "model.safetensors", w))
+
+
+def refused_weights(path):
+    with pytest.raises(ig.UserError) as e:
+        ig.from_gpt2(path)
+    assert_one_line(str(e.value), path)
+    return str(e.value).removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(data_offsets=[0, 10 ** 9]), "'wte.weight' must lie in the "),
+    (dict(data_offsets=[-20480, 0]), "'wte.weight' must lie in the "),
+    (dict(data_offsets=[20480, 0]), "'wte.weight' must lie in the "),
+    (dict(data_offsets=[0, 20476]), "'F32', [40, 128], is said to be at 0 to 20476"),
+    (dict(shape=[40, 129]), "'F32', [40, 129], is said to be at 0 to 20480"),
+    (dict(shape=[10 ** 30, 10 ** 30]), "'wte.weight' must lie in the "),
+    (dict(dtype="F16"), "'F16', [40, 128], is said to be at 0 to 20480"),
+    (dict(dtype="F8_E4M3"), f"wte.weight {FLOAT}('vocabulary', 'width'), is ['F8_E4M3']"),
+    *((change, "not GPT-2 weights as published (") for change in (
+        dict(shape=[-40, -128]), dict(shape=[40., 128.]), dict(shape=7), dict(data_offsets=[0]),
+        dict(data_offsets=["0", "1"]), dict(dtype=[]), dict(data_offsets=[0, 0], shape=[0, 128])))])
+def test_safetensors_header_that_lies_is_one_line(change, told, tmp_path):
+    assert told in refused_weights(write_weights(tmp_path / "model.safetensors", published(), **change))
+
+
+def test_damaged_weights_are_one_line_and_never_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, state = tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"
+    good, n = write_weights(path, published()).read_bytes(), lambda n: n.to_bytes(8, "little")
+    size = int.from_bytes(good[:8], "little")
+    broken = {"absurd": n(2 ** 64 - 1) + good[8:], "too long": n(len(good)) + good[8:], "empty": b"",
+              "none": n(0) + good[8:], "short": n(9) + good[8:], "text": b"hello, world", "list": n(2) + b"[]",
+              "JSON": n(size) + good[8:].replace(b":", b";", 1), "not UTF-8": n(2) + b"\xff{",
+              "number": n(1) + b"7", "no fields": n(9) + b'{"a": {}}', "deep": n(10 ** 5) + b"[" * 10 ** 5,
+              "pickle": pickle.dumps(Evil()), **{k: good[:k] for k in (1, 7, 8, 9, 500, size, size + 7)}}
+    for what, data in broken.items():
+        path.write_bytes(data)
+        told = refused_weights(path)
+        assert told.startswith("not GPT-2 weights as published (") and "name a .safetensors" in told, what
+    path.write_bytes(n(2) + b"{}")
+    assert refused_weights(path).startswith("wte.weight must be")
+    path.write_bytes(good[:-1])                  # the last tensor is cut
+    assert refused_weights(path).startswith("'h.1.attn.masked_bias' must lie in the ")
+    good = write_weights(state, published()).read_bytes()
+    for data in (b"", b"hello", good[:100], good[:-1], pickle.dumps(Evil())):
+        state.write_bytes(data)
+        assert refused_weights(state).startswith("not GPT-2 weights as published (")
+    for foreign in (Evil(), [1, 2], torch.zeros(2), 7):
+        torch.save(foreign, state)
+        assert refused_weights(state).startswith("not GPT-2 weights as published (")
+    for foreign in ({}, {1: 2}, {"wte.weight": "a\nb"}, {"format": 1, "weights": published()}):
+        torch.save(foreign, state)
+        assert refused_weights(state).startswith("wte.weight must be")
+    assert not os.path.exists("executed")
+    for name in ("nowhere", "nowhere.safetensors"):
+        assert "No such file" in refused_weights(tmp_path / name)
+    (tmp_path / "folder.safetensors").mkdir()
+    assert "Is a directory" in refused_weights(tmp_path / "folder.safetensors")
+
+
+def test_fuzzed_safetensors_are_taken_or_refused_in_one_line(tmp_path):
+    path, rng, taken, refused = tmp_path / "model.safetensors", random.Random(0), 0, 0
+    good = write_weights(path, published(vocab=3, width=64, positions=2, layers=1)).read_bytes()
+    size = 8 + int.from_bytes(good[:8], "little")
+    for _ in range(300):
+        path.write_bytes(change_bytes(good[:size], rng) + good[size:])
+        try:
+            model = ig.from_gpt2(path)                                 # anything but UserError fails the test
+        except ig.UserError as e:
+            assert_one_line(str(e), path)
+            refused += 1
+        else:
+            assert model.config.n_embd == 64
+            taken += 1
+    assert taken > 2 and refused > 200
+
+
+def rank_file(path, pieces):
+    """The 256 bytes and these pieces, a token each; and the numbers of the pieces."""
+    words = [bytes([i]) for i in range(256)] + [p.encode() for p in pieces]
+    path.write_bytes(written(*(f"{b64encode(word).decode()} {i}" for i, word in enumerate(words))))
+    return str(path), list(range(256, len(words)))
+
+
+def test_gpt2_pattern_cuts_text_into_gpt2s_pieces(tmp_path):
+    texts = [["Tom", "'s", "  ", " hat", ",", " it", "'ll", " cost", " 12", "é", "5", " $%!'", "\n"],
+             ["x", "\n\n \n ", " Is", "_", "世界", "\t", "x", "\n", ">", " no", "?", "\n  "]]
+    long = list(dict.fromkeys(p for p in sum(texts, []) if len(p.encode()) > 1))     # each becomes a token
+    enc = ig.find_encoding(rank_file(tmp_path / "gpt2.tiktoken", long)[0])
+    for text in texts:
+        assert enc.encode_ordinary("".join(text)) == [enc.encode_single_token(p) for p in text]
+    assert enc.eot_token == 256 + len(long) == enc.n_vocab - 1
+
+
+def test_toy_worlds_pieces_are_gpt2s(enc, sets):
+    with open(os.path.join(DATA, "pretrain_valid.txt"), encoding="utf-8") as f:
+        texts = [f.read(), *(row["prompt"] + ig.MARK + " " for rows in sets.values() for row in rows[:300])]
+    for text in texts:                           # toyworld.py cuts by a simpler pattern
+        pieces = tw.PIECES.findall(text)
+        assert "".join(pieces) == text
+        assert enc.encode_ordinary(text) == [i for p in pieces for i in enc.encode_ordinary(p)]
+
+
+def test_encoding_by_name_is_tiktokens_and_any_other_word_a_rank_file(monkeypatch, tmp_path):
+    asked, path = [], rank_file(tmp_path / "mine", [" cow"])[0]
+    monkeypatch.setattr(ig.tiktoken, "get_encoding", lambda name: asked.append(name) or "theirs")
+    assert ig.find_encoding("gpt2") == "theirs" and asked == ["gpt2"]
+    assert ig.find_encoding(path).n_vocab == 258 and asked == ["gpt2"]
+    with pytest.raises(ig.UserError, match="gpt3: cannot be read .*; name a file"):
+        ig.find_encoding("gpt3")
+
+
+def test_encoding_without_network_and_cache_is_one_line_that_says_how(monkeypatch, tmp_path, capsys):
+    def fails(name):
+        raise OSError("HTTPSConnectionPool(host='example.org', port=443):\nMax retries exceeded")
+    monkeypatch.setattr(ig.tiktoken, "get_encoding", fails)
+    assert ig.main(["sft", "--encoding", "gpt2", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "example.org" not in error and not (tmp_path / "out").exists()
+    assert all(x in error for x in ("--encoding gpt2", "OSError", "TIKTOKEN_CACHE_DIR=DIR", "rank file"))
+
+
+def test_gpts_answer_is_cut_at_any_token_that_holds_a_newline(tmp_path, monkeypatch):
+    path, (two, word) = rank_file(tmp_path / "ranks", ["\n\n", " moo"])
+    ids, enc = [word, two, word, 258], ig.find_encoding(path)
+    monkeypatch.setattr(ig, "rollout", lambda *_: ig.Rollout(
+        torch.tensor([[1] + ids]), torch.ones(1, 4).bool(), torch.zeros(1, 4), torch.ones(1), torch.ones(1)))
+    cut, = ig.respond(None, enc, [[1]], 4, None, one_line=True)
+    whole, = ig.respond(None, enc, [[1]], 4, None)
+    assert (cut["text"], cut["ids"], cut["ended"]) == ("moo", [word, two], True)
+    assert (whole["text"], whole["ids"], whole["ended"]) == ("moo\n\n moo", ids, True)
+
+
+def test_run_from_gpt2_weights_with_its_encoding(tmp_path, capsys):
+    with open(os.path.join(DATA, "vocab.tiktoken"), encoding="utf-8") as f:
+        ranks = f.read() + f"{b64encode(' zebrafish'.encode()).decode()} 551\n"
+    (tmp_path / "ranks").write_text(ranks)
+    w = published(vocab=553, width=64, positions=80, prefix="transformer.")
+    init, out = write_weights(tmp_path / "model.safetensors", w), tmp_path / "out"
+    words = ["sft", "--smoke", "--device", "cpu", "--out", str(out), "--encoding", str(tmp_path / "ranks")]
+    assert ig.main([*words, "--init", str(init)]) == 0
+    base, model = (ig.load(str(out / f"{name}.pt")) for name in ("pretrain", "sft"))
+    want = ig.from_gpt2(init)
+    assert base["config"] == model["config"] == dict(vocab_size=553, block_size=80, n_layer=2, n_head=1,
+                                                     n_embd=64, dropout=0.0, gelu="tanh")
+    assert all(torch.equal(x, base["weights"][k]) for k, x in want.state_dict().items())    # not a step
+    assert not torch.equal(base["weights"]["wte.weight"], model["weights"]["wte.weight"])
+    assert {json.loads(line)["stage"] for line in open_lines(out / "log.jsonl")} == {"sft"}
+    losses = [json.loads(line)["loss"] for line in open_lines(out / "log.jsonl")]
+    assert statistics.mean(losses[-5:]) < 0.7 * losses[0]
+    before, _ = (out / "sft.pt").stat().st_mtime_ns, capsys.readouterr()
+    assert ig.main([*words, "--init", str(init)]) == 0 and (out / "sft.pt").stat().st_mtime_ns == before
+    shutil.copy(init, tmp_path / "other.safetensors")
+    for other in ([*words, "--init", str(tmp_path / "other.safetensors")], [*words]):
+        assert ig.main(other) == 2
+        assert f"sft.pt was made with init {init}, now init is" in capsys.readouterr().err
+    assert ig.main([*words[:-2], "--init", str(init)]) == 2
+    assert "now encoding is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--encoding", "RANKS"], "model.safetensors: knows 552 tokens, the encoding has 257; must be equal: for "
+                              "GPT-2's own add --encoding gpt2"),
+    (["--block_size", "65"], "--block_size 65: "), (["--n_layer", "2"], "--n_layer: not with --init"),
+    (["--n_head", "2"], "--n_head: not with --init"), (["--n_embd", "64"], "--n_embd: not with --init"),
+    (["--pretrain_steps", "5"], "--pretrain_steps: not with --init"),
+    (["--init", "nowhere.safetensors"], "nowhere.safetensors: not GPT-2 weights as published ([Errno 2]")])
+def test_init_that_does_not_fit_is_one_line_and_leaves_no_checkpoint(words, told, tmp_path, capsys):
+    init = write_weights(tmp_path / "model.safetensors", published(vocab=552, width=64))
+    words = [rank_file(tmp_path / "ranks", [])[0] if word == "RANKS" else word for word in words]
+    assert ig.main(["sft", "--smoke", "--device", "cpu", "--out", str(tmp_path / "out"), "--init", str(init),
+                    *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and told in error and not list(tmp_path.glob("out/*.pt"))
 
 
 # ------------------------------------------------------------------------------------------------------------
