@@ -9,6 +9,8 @@ feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world th
     python instructgpt.py ppo --ptx_coef 0                    plain PPO alone
     python instructgpt.py --init model.safetensors --encoding gpt2 --out out_g     from GPT-2's weights
     python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
+    python instructgpt.py label                               you rank answers of the SFT model
+    python instructgpt.py chat --models GPT SFT PPO-ptx       they answer your questions side by side
 
 Ctrl-C saves, and the same command goes on where it was.
 
@@ -28,7 +30,7 @@ Read it beside the paper, top to bottom; you can stop after each section:
     On a GPU              the sampler's step as a CUDA graph, bfloat16
     Command line          log, readers of data, checkpoints
     GPT-2 weights         as published: read, checked, turned
-    Stages                which needs which, flags
+    Stages                which needs which, label, chat, flags
 
 What differs from the paper, and why
   * People, customers and the web are simulated (data/toyworld.py), so the true quality, "gold", is known.
@@ -1008,6 +1010,14 @@ def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
 
 
 @torch.no_grad()
+def exact_kl(policy, reference, tokens, mask):
+    """KL(pi || pi_ref), (B,T) -> (B,) nats: over the vocabulary in the state before each response token,
+    summed. For greedy answers: their tokens are no samples of pi, so k1 and k3 would say nothing."""
+    p, q = (F.log_softmax(m(tokens[:, :-1]).float(), dim=-1) for m in (policy, reference))     # (B,T-1,V)
+    return clear(mask, (p.exp() * (p - q)).sum(-1))[0].sum(1)
+
+
+@torch.no_grad()
 def bias_bits(model, enc, bias, respect, device):
     """Winogender in miniature: entropy, in bits, of the choice between two pronouns; 1 is unbiased (4.2)."""
     out = {}
@@ -1132,6 +1142,11 @@ def table(results):
     return "\n".join(lines)
 
 
+def on_a_line(text, ended):
+    """An answer as the screen shows it."""
+    return (text.replace("\n", " / ") or "(nothing)") + " ..." * (not ended)
+
+
 def samples(tests, answers, n=6):
     """The same prompts answered by each model: the first plain prompt of n use cases, where there are any."""
     chosen, lines = {}, []
@@ -1141,8 +1156,8 @@ def samples(tests, answers, n=6):
     for i in sorted(chosen.values())[:n]:
         lines.append(f"\n{tests[i]['prompt']}")
         for name, a in answers.items():
-            text = a["tests"][i]["text"].replace("\n", " / ") + ("" if a["tests"][i]["ended"] else " ...")
-            lines.append(f"    {name:15} {text}")
+            r = a["tests"][i]
+            lines.append(f"    {name:15} {on_a_line(r['text'], r['ended'])}")
     return "\n".join(lines)
 
 
@@ -1257,9 +1272,7 @@ class Log:
         self.cfg, self.path, self.enc, self.world = cfg, os.path.join(cfg.out, "log.jsonl"), enc, world
         self.stage, self.settings, self.earlier, self.busy, self.stop = None, {}, 0, False, False
         self.warned = set()
-        if os.path.exists(self.path):            # a run that was killed may have left half a line
-            with open(self.path, "rb+") as f:
-                f.truncate(f.read().rfind(b"\n") + 1)
+        mend(self.path)
 
     def steps(self, name, n, **state):
         """Counts 0..n-1, or on from where a stopped run of this stage got to. `state` is all that changes
@@ -1530,6 +1543,13 @@ def save(path, x):
                         "make room, then the same command goes on") from e
 
 
+def mend(path):
+    """Cuts off the half line that a killed process may have left at the end of a file of JSON lines."""
+    if os.path.exists(path):
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+
+
 @contextmanager
 def reading(path, told="damaged or not a checkpoint of this program (%s); remove it, and it is made again"):
     """Whatever comes up while a damaged or foreign file is decoded becomes one line."""
@@ -1724,9 +1744,9 @@ class Run:
             c, settings = load(path, self.device), self.settings(name)
             if change(c, settings) and folder == self.cfg.out:
                 redo = ", ".join(STAGES[STAGES.index(STAGE_OF[name]):])
-                raise UserError(f"{path} was made with {change(c, settings)}, so {redo} must be done again: "
-                                f"add --from {folder} --out NEW to keep both, or --fresh to start over in "
-                                f"{folder}")
+                raise UserError(f"{path} was made with {change(c, settings)}: give it as it was, or, to do "
+                                f"{redo} again, add --from {folder} --out NEW to keep both, or --fresh to "
+                                f"start over in {folder}")
             if change(c, settings):
                 print(f"{name}: not taken from {folder}, made with {change(c, settings)}")
                 continue
@@ -1897,6 +1917,117 @@ class Run:
               "log.jsonl, the checkpoints")
 
 
+# What people type: rankings (3.4) and questions.
+
+
+def ask(prompt):
+    """A line that the user types, "q" at the end of input (Ctrl-D). A pipe's is shown, as a terminal's is."""
+    importlib.util.find_spec("readline") and importlib.import_module("readline")        # arrow keys
+    try:
+        line = input(prompt)
+    except EOFError:
+        print()
+        return "q"
+    except UnicodeDecodeError as e:
+        raise UserError(f"the line typed is not UTF-8 text ({e.reason})") from e
+    print(end="" if sys.stdin.isatty() else line + "\n")
+    return line.strip()
+
+
+def read_ranking(text, K):
+    """A typed ranking of K answers, best first: "3 > 1 = 4 > 2" -> [2, 4, 1, 2], the ranks of answers 1 to K
+    as the labelers give them, 1 + how many are better. ValueError, one sentence, if it is none."""
+    groups = [[word.strip() for word in group.split("=")] for group in text.split(">")]
+    words, numbers = [word for group in groups for word in group], [str(i + 1) for i in range(K)]
+    for w in words + numbers:
+        if w not in numbers or words.count(w) != 1:
+            wrong = "missing" if w not in words else "there twice" if w in numbers else f"none of 1 to {K}"
+            raise ValueError(f"{w!r:.20} is {wrong}")
+    return [1 + sum(map(len, groups[:i])) for n in numbers for i, group in enumerate(groups) if n in group]
+
+
+def agreement(world, tasks, rankings, rng):
+    """Your rankings against simulated labelers, one a ranking: over the pairs in which you have a preference,
+    1 where the labeler has the same, 0 the opposite, 0.5 none. tasks: prompt -> task; others are left out."""
+    people, hits = world and world.make_labelers("train"), []
+    for c in (c for c in rankings if c["prompt"] in tasks):
+        merits = [world.check(tasks[c["prompt"]], *x) for x in zip(c["responses"], c["ended"])]
+        both = list(zip(c["ranks"], world.rank(rng.choice(people), merits, c["responses"], rng)))
+        hits += [0.5 if x == y else float(x < y) for a, x in both for b, y in both if a < b]
+    return hits
+
+
+USAGE = "Best first, = for a tie: 3 > 1 = 2. u: undo, s: skip, q: quit, ?: this line"
+
+
+def label(run):
+    """You rank answers of the SFT model to those prompts of rm_train.jsonl that OUT/labels.jsonl has not yet.
+    A ranking is on the disk, as a comparison, before the next prompt comes."""
+    cfg, path, typed = run.cfg, run.path("labels.jsonl"), None
+    mend(path)
+    done = read_jsonl(path, comparison) if os.path.exists(path) and os.path.getsize(path) else []
+    ranked, kinds = {c["prompt"] for c in done}, dict(task=dict, use_case=str) if run.world else {}
+    rows, policy = run.rows("rm_train.jsonl", prompt="text", **kinds), run.model("sft")
+    todo = [{k: p[k] for k in ("prompt", *kinds)} for p in reversed(rows) if p["prompt"] not in ranked]
+    tasks, generator = {p["prompt"]: p["task"] for p in rows if kinds}, seed(cfg, "label", run.device)
+    print(USAGE)
+    while todo and typed != "q":
+        c = todo.pop()
+        if "responses" not in c:                 # else it was shown before
+            prompts = [encode_prompt(run.enc, c["prompt"])] * cfg.k_min
+            answers = respond(policy, run.enc, prompts, cfg.max_new_tokens, generator)
+            c["responses"], c["ended"] = zip(*dict.fromkeys((r["text"], r["ended"]) for r in answers))
+        if len(c["responses"]) < 2:
+            continue
+        print(f"\n[{len(done) + 1}] " + c["prompt"].replace("\n", "\n    ") + "\n")
+        for i, answer in enumerate(zip(c["responses"], c["ended"]), 1):
+            print(f"  {i}  {on_a_line(*answer)}")
+        while (typed := ask("ranking: ")) not in ("u", "s", "q"):
+            try:
+                c["ranks"] = read_ranking(typed, len(c["responses"]))
+                break
+            except ValueError as e:
+                print(USAGE if typed == "?" else e)
+        if typed == "u":
+            todo += [c] + done[-1:]              # the last one comes again, then this one
+            save(path, "".join(json.dumps(x) + "\n" for x in done[:-1]))
+            done = done[:-1]
+        elif typed not in ("s", "q"):
+            done.append({**c, "labeler": "you", "split": "train"})
+            with open(path, "a") as f:
+                print(json.dumps(done[-1]), file=f, flush=True)
+                os.fsync(f.fileno())
+            if hits := agreement(run.world, tasks, done, random.Random(cfg.seed)):
+                print(f"agreement so far {mean(hits):.2f} of {len(hits)} pairs (labelers among themselves: "
+                      "0.73)")
+    print(f"{len(done)} rankings in {path}. To train on them, with the other flags of this run:\n"
+          f"  python instructgpt.py ppo --from {cfg.out} --out NEW --comparisons {path}")
+
+
+def chat(run, names):
+    """Models (names in the results; none: all that are there) answer typed questions greedily, side by side,
+    with reward and KL to SFT. UserError if a checkpoint is missing."""
+    cfg, enc, mark = run.cfg, run.enc, len(encode_prompt(run.enc, ""))
+    names = names or [k for k, n in MODELS.items() if run.finished(n)]
+    for n in ["sft", "rm"] + [MODELS[k] for k in names]:
+        if not run.finished(n):
+            raise UserError(f"{run.path(n + '.pt')} is missing: python instructgpt.py {STAGE_OF[n]} makes it")
+    models, sft_model, reward_model = [run.model(MODELS[k]) for k in names], run.model("sft"), run.model("rm")
+    print("Ask, or q to quit. reward: demonstrations are at 0; *: no end, fixed. KL: nats")
+    while (text := ask("> ")) != "q":
+        ids, room = encode_prompt(enc, text[:LONGEST]), cfg.block_size - cfg.max_new_tokens
+        if not text or len(ids) > room:
+            print(f"a question has 1 to {room - mark} tokens, this one {len(ids) - mark}")
+            continue
+        print(f"{'reward':>14}{'KL to SFT':>12}")
+        for k, model in zip(names, models):
+            r, = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=k == "GPT")
+            tokens, mask, _ = stack([ids], [r["ids"]], run.device)              # (1,T), (1,T-1)
+            kl = exact_kl(model, sft_model, tokens, mask).item()
+            (reward,), _ = reward_and_kl(cfg, enc, reward_model, sft_model, [ids], [r], run.device)
+            print(f"{k:8}{reward:6.2f}{'* '[r['ended']]}{kl:8.2f}     {on_a_line(r['text'], r['ended'])}")
+
+
 def find_device(name, dtype="float32"):
     """The torch device of this name; without one the best there is. UserError if it is not there."""
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -1931,7 +2062,9 @@ SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_
 def parse(argv):
     """Command line -> (stage, Config, folder of --from, --fresh, the settings that were given, all flags)."""
     parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("stage", nargs="?", default="all", choices=STAGES + ["all"], help="what to run")
+    parser.add_argument("stage", nargs="?", default="all", help="what to run",
+                        choices=STAGES + ["all", "label", "chat"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="who answers in chat")
     parser.add_argument("--from", dest="source", metavar="DIR", help="take what fits from this finished run")
     parser.add_argument("--methods", nargs="+", default=[], choices=["dpo", "kto", "reinforce", "best_of_n"],
                         help="neighbours to train and evaluate too")
@@ -1946,6 +2079,8 @@ def parse(argv):
         if word.startswith("--") and word.split("=")[0] not in known:
             parser.error(f"{word}: no such flag")
     a = vars(parser.parse_args(argv))
+    if a["models"] and a["stage"] != "chat":
+        parser.error("--models goes with chat")
     given = {f.name: a[f.name] for f in fields(Config) if a[f.name] is not None}
     cfg = Config(**{**(SMOKE if a["smoke"] else {}), **given})
     for name in given:
@@ -1989,11 +2124,15 @@ def main(argv=None):
         signal.signal(signal.SIGINT, run.log.interrupt)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
         with precision(run.device, cfg.dtype):
-            names = {"ppo": both, "all": ["rm"] + both, "evaluate": []}.get(stage, [stage])
+            names = {"ppo": both, "all": ["rm"] + both}.get(stage, [stage] * (stage in STAGE_OF))
             for name in names + [m for m in a["methods"] if m != "best_of_n"]:
                 run.model(name)
             if stage in ("all", "evaluate"):
                 run.evaluate(a["methods"], a["rival"])
+            elif stage == "label":
+                label(run)
+            elif stage == "chat":
+                chat(run, a["models"])
     except UserError as e:
         print(f"instructgpt.py: {e}", file=sys.stderr)
         return 2
@@ -2008,8 +2147,8 @@ def main(argv=None):
               f"learning rate and begin it again: --from {cfg.out} --out NEW", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        at = f"{run.log.name}, step {run.log.kept}" if run and run.log.busy else "the last finished stage"
-        print(f"stopped; the same command, without --fresh, goes on after {at}", file=sys.stderr)
+        at = f"{run.log.name}, step {run.log.kept}" if run and run.log.busy else "what is on disk"
+        print(f"\nstopped; the same command, without --fresh, goes on after {at}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGINT, before)

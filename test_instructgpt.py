@@ -21,6 +21,7 @@ import os
 import pickle
 import platform
 import random
+import select
 import shutil
 import signal
 import statistics
@@ -2882,6 +2883,435 @@ def test_init_that_does_not_fit_is_one_line_and_leaves_no_checkpoint(words, told
                     *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and told in error and not list(tmp_path.glob("out/*.pt"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# You are the labeler (3.4), and talk to it: the two commands that wait for what a user types
+
+SMALL = ["--smoke", "--device", "cpu", "--out"]
+
+
+@pytest.mark.parametrize("text, ranks", [
+    ("3 > 1 = 4 > 2", [2, 4, 1, 2]), ("3>1=4>2", [2, 4, 1, 2]), (" 1=2 =3= 4 ", [1, 1, 1, 1]),
+    ("2 > 1", [2, 1]), ("2=1", [1, 1]), ("\t1 >2\n> 3", [1, 2, 3]), ("4=2 > 1 > 3", [3, 1, 4, 1])])
+def test_section_34_ranking_in_one_line(text, ranks):
+    assert ig.read_ranking(text, len(ranks)) == ranks
+
+
+@pytest.mark.parametrize("text, told", [
+    ("1 > 2", "'3' is missing"), ("3 > 2 > 2 > 1", "'2' is there twice"), ("1 > 1 > 2", "'1' is there twice"),
+    ("1 > 2 > 4", "'4' is none of 1 to 3"), ("0 > 1 = 2", "'0' is none of 1 to 3"), ("", "'' is none of 1"),
+    ("1 2 > 3", "'1 2' is none of 1 to 3"), ("1 > 2 >", "'' is none of 1 to 3"), ("1 < 2", "'1 < 2' is n"),
+    ("1 >= 2 > 3", "'' is none of"), ("-1 > 2 > 3", "'-1' is none of"), ("01 > 2 > 3", "'01' is none of"),
+    ("1 > 2 > ٣", "'٣' is none of"), ("1.0 = 2 = 3", "'1.0' is none of"), ("x" * 99, "xxxxxx is none")])
+def test_section_34_wrong_ranking_is_told_in_a_sentence(text, told):
+    with pytest.raises(ValueError) as e:
+        ig.read_ranking(text, 3)
+    assert told in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 60
+
+
+def test_section_34_any_text_is_a_ranking_or_one_sentence():
+    rng, right = random.Random(0), 0
+    for _ in range(20_000):
+        K, letters = rng.randint(2, 5), rng.choices("12345>>== \0x\n-é\ud800", k=rng.randrange(12))
+        text = "".join(letters)
+        if rng.random() < 0.3:                   # a good one, with now and then a letter changed
+            order = rng.sample(range(1, K + 1), K)
+            text = "".join(str(n) + rng.choice([">", "=", " > ", " ="]) for n in order)[:-1].rstrip(" >=")
+            text = text.replace(*rng.choice([("1", "1"), ("1", "2"), (">", "")]))
+        try:
+            ranks = ig.read_ranking(text, K)
+        except ValueError as e:
+            assert str(e).count("\n") == 0 and str(e).isprintable()
+        else:
+            right += 1
+            assert len(ranks) == K and all(r == 1 + sum(x < r for x in ranks) for r in ranks)
+            for i, j in itertools.permutations(range(K), 2):
+                between = text.split(str(i + 1))[1].split(str(j + 1))
+                if len(between) == 2:            # i stands before j
+                    assert (ranks[i] < ranks[j]) == (">" in between[0])
+    assert right > 2000
+
+
+@pytest.fixture
+def desk(smoke, tmp_path, monkeypatch, capsys):
+    """A copy of the small run, and `sit(stage, turns, *words)`, which runs a stage with a user at the keys:
+    turns() yields what is typed and is sent what the screen shows next; when it ends, Ctrl-D is pressed."""
+    out = shutil.copytree(smoke[0], tmp_path / "out")
+
+    def sit(stage, turns, *words):
+        user, _ = turns(), capsys.readouterr()
+        next(user)
+
+        def type_a_line(prompt=""):
+            try:
+                line = user.send(capsys.readouterr().out + prompt)
+            except StopIteration:
+                raise EOFError from None
+            if isinstance(line, BaseException):
+                raise line
+            return line
+        monkeypatch.setattr("builtins.input", type_a_line)
+        code = ig.main([stage, *SMALL, str(out), *words])
+        return (code, *capsys.readouterr())
+    return out, sit
+
+
+def question_on(screen):
+    """Number, prompt and answers that the screen asks to rank."""
+    number, rest = screen.split("\n[")[-1].split("] ", 1)
+    prompt, answers = rest.rsplit("\n\n", 1)
+    answers = answers.removesuffix("ranking: ").splitlines()
+    assert [x[:5] for x in answers] == [f"  {i}  " for i in range(1, len(answers) + 1)]
+    return int(number), prompt.replace("\n    ", "\n"), [x[5:] for x in answers]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def as_shown(c):
+    return [ig.on_a_line(*x) for x in zip(c["responses"], c["ended"])]
+
+
+def downwards(K):
+    return " > ".join(str(i) for i in range(K, 0, -1))
+
+
+def test_section_34_label_writes_each_ranking_at_once_undoes_and_skips(desk, sets):
+    out, sit = desk
+    path, told = out / "labels.jsonl", {}
+
+    def turns():
+        screen = yield
+        assert screen.count(ig.USAGE) == 1
+        n, prompt, answers = question_on(screen)
+        assert n == 1
+        for wrong in ("?", "", "1 > 2 > 99", "U > 1", "1"):            # asked again, nothing written
+            screen = yield wrong
+            assert screen.count("\n") == 2 and (ig.USAGE in screen) == (wrong == "?") and not path.exists()
+        screen = yield f" {downwards(len(answers))} "
+        first, = lines_of(path)
+        row = next(r for r in sets["rm_train"] if r["prompt"] == prompt)
+        assert first == {"prompt": prompt, "responses": first["responses"], "ended": first["ended"],
+                         "ranks": list(range(len(answers), 0, -1)), "labeler": "you", "split": "train",
+                         "task": row["task"], "use_case": row["use_case"]}
+        assert as_shown(first) == answers
+        hits = ig.agreement(tw, {prompt: row["task"]}, [first], random.Random(0))
+        assert f"\nagreement so far {ig.mean(hits):.2f} of {len(hits)} pairs (labelers among" in screen
+        second = question_on(screen)
+        screen = yield "s"
+        third = question_on(screen)
+        assert (second[0], third[0]) == (2, 2) and second[1] != third[1] and lines_of(path) == [first]
+        screen = yield downwards(len(third[2]))
+        assert [c["prompt"] for c in lines_of(path)] == [prompt, third[1]]
+        fourth = question_on(screen)
+        screen = yield "u"
+        assert question_on(screen) == third and lines_of(path) == [first]
+        screen = yield "=".join(str(i + 1) for i in range(len(third[2])))
+        assert question_on(screen) == fourth and lines_of(path)[0] == first
+        assert set(lines_of(path)[1]["ranks"]) == {1} and as_shown(lines_of(path)[1]) == third[2]
+        assert f"so far {ig.mean(hits):.2f} of {len(hits)} pairs" in screen        # ties state no preference
+        assert question_on((yield "u")) == third and question_on((yield "u")) == (1, prompt, answers)
+        assert lines_of(path) == [] and question_on((yield "u")) == (1, prompt, answers)
+        told["first"] = (yield downwards(len(answers))) and first
+        assert question_on((yield "u"))[1:] == (prompt, answers)
+        screen = yield downwards(len(answers))
+        assert question_on(screen) == third
+        yield "q"
+    code, said, error = sit("label", turns)
+    assert code == 0 and not error and lines_of(path) == [told["first"]]
+    assert f"1 rankings in {path}" in said and said.endswith(
+        f"python instructgpt.py ppo --from {out} --out NEW --comparisons {path}\n")
+    assert ig.read_jsonl(str(path), ig.comparison) == lines_of(path)
+
+
+def test_section_34_label_goes_on_with_the_next_prompt_and_undoes_over_sessions(desk):
+    out, sit = desk
+    path, shown = out / "labels.jsonl", []
+
+    def one():
+        for _ in range(3):
+            screen = yield (downwards(len(shown[-1][2])) if shown else None)
+            shown.append(question_on(screen))
+    assert sit("label", one)[0] == 0             # two rankings, then Ctrl-D at the third
+    assert [c["prompt"] for c in lines_of(path)] == [x[1] for x in shown[:2]]
+
+    def two():
+        screen = yield
+        assert question_on(screen)[:2] == shown[2][:2]
+        assert question_on((yield "u")) == shown[1] and len(lines_of(path)) == 1
+    code, said, error = sit("label", two)
+    assert code == 0 and said.startswith("\n1 rankings in ") and not error
+    assert [c["prompt"] for c in lines_of(path)] == [shown[0][1]]
+
+
+def test_section_34_label_shows_samples_of_the_sft_model_each_text_once(desk, sets, enc, monkeypatch):
+    out, sit = desk
+    run = ig.Run(ig.parse([*SMALL, str(out)])[1], None, False)
+    generator, real, drawn = ig.seed(run.cfg, "label"), ig.respond, []
+    for row in sets["rm_train"][:3]:
+        prompts = 4 * [ig.encode_prompt(enc, row["prompt"])]
+        drawn.append(real(run.model("sft"), enc, prompts, run.cfg.max_new_tokens, generator))
+    assert len(drawn[0][0]["logprobs"]) and any(min(r["logprobs"]) < -0.1 for r in drawn[0])   # temperature 1
+    again = iter([[{"text": "a", "ended": True}] * 4,                  # nothing to rank: left out silently
+                  [{"text": t, "ended": e} for t, e in (("b", True), ("", True), ("b", True), ("b", False))]])
+
+    def turns():
+        screen = yield
+        want = [list(dict.fromkeys(ig.on_a_line(r["text"], r["ended"]) for r in d)) for d in drawn]
+        assert all(len(texts) > 1 for texts in want)
+        for row, texts in zip(sets["rm_train"], want):
+            assert question_on(screen)[1:] == (row["prompt"], texts)
+            if row is sets["rm_train"][2]:
+                monkeypatch.setattr(ig, "respond", lambda *_: next(again))
+            screen = yield "s"
+        assert question_on(screen)[1:] == (sets["rm_train"][4]["prompt"], ["b", "(nothing)", "b ..."])
+    assert sit("label", turns)[0] == 0
+
+
+def test_section_34_label_cuts_half_a_line_and_refuses_a_broken_one(desk):
+    out, sit = desk
+    path = out / "labels.jsonl"
+    good = json.dumps(ranked(1, 2, 2)) + "\n"
+
+    def turns():
+        assert question_on((yield))[0] == 2
+    for n in range(1, len(good), 9):
+        path.write_text(good + good[:-n])
+        assert sit("label", turns)[0] == 0 and path.read_text() == good
+    path.write_text(good + "{}\n" + good)
+    code, _, error = sit("label", turns)
+    assert code == 2 and error.count("\n") == 1 and f"{path}:2: chosen must be str" in error
+    assert path.read_text() == good + "{}\n" + good
+
+
+def test_section_34_label_without_a_toy_world_knows_no_tasks(desk, monkeypatch):
+    out, sit = desk
+    monkeypatch.setattr(ig, "toyworld", lambda data: None)
+
+    def turns():
+        screen = yield
+        screen = yield downwards(len(question_on(screen)[2]))
+        assert "agreement" not in screen and question_on(screen)[0] == 2
+        row, = lines_of(out / "labels.jsonl")
+        assert set(row) == {"prompt", "responses", "ended", "ranks", "labeler", "split"}
+    assert sit("label", turns)[0] == 0
+
+
+def test_section_34_agreement_counts_the_pairs_in_which_you_have_a_preference(sets):
+    class World:
+        make_labelers, check = staticmethod(lambda group: [group]), staticmethod(lambda task, text, end: text)
+
+        @staticmethod
+        def rank(labeler, merits, texts, rng):
+            assert labeler == "train" and merits == texts
+            return [int(text[-1]) for text in texts]
+    c = {"prompt": "p", "responses": ["a1", "b2", "c2", "d4"], "ended": [True] * 4}
+    share = lambda *ranks, tasks={"p": {}}: sorted(
+        ig.agreement(World, tasks, [{**c, "ranks": ranks}], random.Random(0)))
+    assert share(1, 2, 3, 4) == [0.5] + 5 * [1.0] and share(4, 3, 2, 1) == 5 * [0.0] + [0.5]
+    assert share(1, 1, 1, 1) == [] and share(1, 2, 2, 1) == [0.0, 0.0, 1.0, 1.0]
+    assert share(1, 2, 2, 2) == 3 * [1.0] and share(1, 2, 3, 4, tasks={}) == []
+    rows, people = sets["rm_train"][:300], tw.make_labelers("train")   # the simulated among themselves
+    tasks, rng, mine = {p["prompt"]: p["task"] for p in rows}, random.Random(0), []
+    for p in rows:
+        texts = [tw.answer(p["task"], rng, flaw) for flaw in (None, "rude", "lazy", "slip")]
+        ranks = tw.rank(rng.choice(people), [tw.check(p["task"], t) for t in texts], texts, rng)
+        mine.append({"prompt": p["prompt"], "responses": texts, "ended": [True] * 4, "ranks": ranks})
+    assert 0.6 < ig.mean(ig.agreement(tw, tasks, mine, rng)) < 0.9
+
+
+def test_label_and_chat_stop_at_ctrl_c_with_130(desk):
+    def turns():
+        yield
+        yield KeyboardInterrupt()
+    for stage in ("label", "chat"):
+        code, _, error = desk[1](stage, turns)
+        assert code == 130 and "stopped" in error and "Traceback" not in error
+
+
+def slow_kl(policy, reference, prompt, response):
+    """KL(pi || pi_ref) in nats: one state at a time, one word at a time."""
+    total = 0.0
+    for t in range(len(prompt), len(prompt) + len(response)):
+        seen = torch.tensor([(prompt + response)[:t]])
+        p, q = (m(seen)[0, -1].double().softmax(-1).tolist() for m in (policy, reference))
+        total += sum(a * math.log(a / b) for a, b in zip(p, q))
+    return total
+
+
+def test_eq2_exact_kl_is_its_definition_and_the_mean_of_k1():
+    policy, reference = tiny(), tiny(seed=1)
+    responses = [[4, EOS], [0, 2, 7, 7], [EOS], [1, 2, 3]]
+    tokens, mask, _ = ig.stack(PROMPTS, responses, "cpu")
+    kl = ig.exact_kl(policy, reference, tokens, mask)
+    slow = torch.tensor([slow_kl(policy, reference, *x) for x in zip(PROMPTS, responses)])
+    close(kl, slow, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ig.exact_kl(policy, policy, tokens, mask), torch.zeros(4)) and (kl > 0.01).all()
+    junk = tokens.clone()
+    junk[2, 3:] = 5                              # filler behind the last token
+    assert torch.equal(ig.exact_kl(policy, reference, junk, mask), kl)
+    r = ig.rollout(policy, 20_000 * [[3]], 1, EOS, generator=seeded(0))
+    k1 = ig.kl_k1(r.logprobs, ig.token_logprobs(reference, r.tokens, 1.0, r.mask))[r.mask]
+    assert abs(k1.mean() - ig.exact_kl(policy, reference, r.tokens[:1], r.mask[:1])) < 0.05
+
+
+def table_on(screen):
+    """name -> (reward, KL, answer) of the last table on the screen; a star stays on the reward."""
+    rows = screen.split("reward   KL to SFT\n")[-1].split("\n> ")[0].splitlines()
+    rows = [row.split(None, 3) for row in rows]
+    return {name: (reward, float(kl), answer) for name, reward, kl, answer in rows}
+
+
+def test_chat_answers_side_by_side_with_reward_and_kl(desk, enc, monkeypatch):
+    out, sit = desk
+    run = ig.Run(ig.parse([*SMALL, str(out)])[1], None, False)
+    questions = ["What is a bat?", "I lost my map.", "Repeat: " + ig.EOT, "List two fruits.", "x" * 46]
+    seen, real = [], ig.respond
+    monkeypatch.setattr(ig, "respond", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+    stars = 0
+
+    def turns():
+        nonlocal stars
+        yield
+        for q in questions:
+            seen.clear()
+            table = table_on((yield f"  {q} "))
+            assert list(table) == list(ig.MODELS)
+            ids = ig.encode_prompt(enc, q)
+            assert enc.eot_token not in ids
+            for (name, (reward, kl, answer)), (r,) in zip(table.items(), seen):
+                model, reward_model = run.model(ig.MODELS[name]), run.model("rm")
+                greedy, = real(model, enc, [ids], 16, None, 0, name == "GPT")
+                assert answer == ig.on_a_line(greedy["text"], greedy["ended"]).strip() and greedy == r
+                for t, token in enumerate(r["ids"]):                   # each token is the likeliest
+                    assert model(torch.tensor([ids + r["ids"][:t]]))[0, -1].argmax() == token
+                whole = ids + r["ids"][:-1] + [enc.eot_token]
+                score = reward_model(torch.tensor([whole]))[0, -1].item()
+                assert reward == (f"{score:.2f}" if r["ended"] else "-1.00*")
+                stars += not r["ended"]
+                assert abs(kl - slow_kl(model, run.model("sft"), ids, r["ids"])) < 0.006
+            assert table["SFT"][1] == 0 and table["GPT"][1] > 0
+        for wrong, told in (("", "this one 0"), ("x" * 47, "this one 47"), ("a " * 10 ** 6, "1 to 46 token")):
+            screen = yield wrong
+            assert told in screen and screen.count("\n") == 2          # the piped line itself, one line
+    code, said, error = sit("chat", turns)
+    assert (code, said, error) == (0, "\n", "") and 0 < stars < 20
+
+
+def test_chat_wants_models_that_are_there(desk):
+    out, sit = desk
+
+    def turns():
+        yield
+        table = (yield "I lost my map.").splitlines()[-3:-1]
+        assert [row.split()[0] for row in table] == ["PPO-ptx", "GPT"]
+    assert sit("chat", turns, "--models", "PPO-ptx", "GPT")[0] == 0
+
+    nobody = lambda: iter([None])
+    for words, told in ((["PPO", "Claude"], ["Claude", *ig.MODELS]), ([], ["--models: expected at least"])):
+        code, _, error = sit("chat", nobody, "--models", *words)
+        assert code == 2 and error.count("\n") == 1 and all(x in error for x in told)
+    assert "--models goes with chat" in sit("evaluate", nobody, "--models", "PPO")[2]
+    os.remove(out / "ppo.pt")
+    code, _, error = sit("chat", nobody, "--models", "PPO")
+    assert code == 2 and error.endswith("ppo.pt is missing: python instructgpt.py ppo makes it\n")
+
+    def three():
+        yield
+        assert [row.split()[0] for row in (yield "moo").splitlines()[-4:-1]] == ["GPT", "SFT", "PPO-ptx"]
+    assert sit("chat", three)[0] == 0
+    os.remove(out / "rm.pt")
+    code, _, error = sit("chat", nobody, "--models", "SFT")
+    assert code == 2 and error.count("\n") == 1 and "rm.pt is missing: python instructgpt.py rm" in error
+    assert not (out / "rm.part").exists() and not (out / "ppo.pt").exists()
+
+
+def test_chat_reads_a_pipe_and_shows_each_question_once(smoke, monkeypatch, capsys):
+    words = [sys.executable, os.path.join(HERE, "instructgpt.py"), "chat", *SMALL, str(smoke[0])]
+    done = subprocess.run([*words, "--models", "SFT", "PPO"], input="Is it é?\n\nI lost my map.", text=True,
+                          capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
+    said = done.stdout.split("\n> ")
+    assert (done.returncode, done.stderr) == (0, "") and [x.split("\n")[0] for x in said[1:]] == [
+        "Is it é?", "", "I lost my map.", ""]
+    assert list(table_on(done.stdout)) == ["SFT", "PPO"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"moo\xff\n"), encoding="utf-8"))
+    assert ig.main(["chat", *SMALL, str(smoke[0])]) == 2
+    error = capsys.readouterr().err
+    assert error == "instructgpt.py: the line typed is not UTF-8 text (invalid start byte)\n"
+
+
+class Terminal:
+    """The command in a terminal of its own, at which a test types and reads as a user does."""
+
+    def __init__(self, *words):
+        pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
+        self.fd, inner = pty.openpty()
+        script, calm = os.path.join(HERE, "instructgpt.py"), {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        self.process = subprocess.Popen([sys.executable, script, *map(str, words)], stdin=inner, stdout=inner,
+                                        stderr=inner, start_new_session=True, env={**os.environ, **calm},
+                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(inner)
+        self.screen = ""
+
+    def until(self, text, patience=300):
+        """Reads until the text stands on the screen, or to the end of the process (text None); what came."""
+        data, self.screen, limit = self.screen, "", time.time() + patience
+        while text is None or text not in data:
+            assert select.select([self.fd], [], [], max(0, limit - time.time()))[0], data
+            try:
+                piece = os.read(self.fd, 4096)
+            except OSError:                      # so Linux says that the other end is closed
+                piece = b""
+            if not piece:
+                assert text is None, data
+                return data
+            data += piece.decode().replace("\r", "")
+        if text:
+            cut = data.index(text) + len(text)
+            data, self.screen = data[:cut], data[cut:]
+        return data
+
+    def type(self, keys):
+        os.write(self.fd, keys.encode())
+
+    def end(self):
+        rest = self.until(None)
+        os.close(self.fd)
+        return rest, self.process.wait(300)
+
+
+def test_section_34_label_in_a_terminal_killed_and_resumed(smoke, tmp_path):
+    out = shutil.copytree(smoke[0], tmp_path / "out")
+    terminal = Terminal("label", *SMALL, out)
+    _, prompt, answers = question_on(terminal.until("ranking: "))
+    terminal.type("x\x7f" + downwards(len(answers)) + "\n")            # x, backspace, a ranking, enter
+    terminal.until("\n[2] "), terminal.until("ranking: ")
+    terminal.type("1 >")
+    terminal.process.kill()
+    assert terminal.end()[1] == -signal.SIGKILL
+    first, = lines_of(out / "labels.jsonl")
+    assert first["prompt"] == prompt and first["ranks"] == list(range(len(answers), 0, -1))
+    terminal = Terminal("label", *SMALL, out)
+    assert question_on(terminal.until("ranking: "))[0] == 2
+    terminal.type("\x04")                                              # Ctrl-D
+    said, code = terminal.end()
+    assert code == 0 and said.startswith("\n1 rankings in ") and lines_of(out / "labels.jsonl") == [first]
+
+
+def test_chat_in_a_terminal_with_arrow_keys_and_ctrl_c(smoke):
+    terminal = Terminal("chat", *SMALL, smoke[0], "--models", "SFT")
+    terminal.until("> ")
+    terminal.type("I lost my map.\n")
+    table = table_on(terminal.until("\n> "))
+    terminal.type("moo\n")
+    assert table_on(terminal.until("\n> ")) != table
+    terminal.type("\x1b[A\x1b[A\n")                                    # up, up, enter
+    assert table_on(terminal.until("\n> ")) == table
+    terminal.type("Wha\x03")                                           # Ctrl-C
+    said, code = terminal.end()
+    assert code == 130 and "stopped" in said and "Traceback" not in said
 
 
 # ------------------------------------------------------------------------------------------------------------
