@@ -2013,19 +2013,19 @@ def chat(run, names):
         if not run.finished(n):
             raise UserError(f"{run.path(n + '.pt')} is missing: python instructgpt.py {STAGE_OF[n]} makes it")
     models, sft_model, reward_model = [run.model(MODELS[k]) for k in names], run.model("sft"), run.model("rm")
-    print("Ask, or q to quit. reward: demonstrations are at 0; *: no end, fixed. KL: nats")
+    print("Ask; q quits. reward: demonstrations are at 0, * no end, fixed. KL to SFT: nats")
     while (text := ask("> ")) != "q":
         ids, room = encode_prompt(enc, text[:LONGEST]), cfg.block_size - cfg.max_new_tokens
         if not text or len(ids) > room:
             print(f"a question has 1 to {room - mark} tokens, this one {len(ids) - mark}")
             continue
-        print(f"{'reward':>14}{'KL to SFT':>12}")
+        print(f"{'reward':>14}{'KL':>6}")
         for k, model in zip(names, models):
             r, = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=k == "GPT")
             tokens, mask, _ = stack([ids], [r["ids"]], run.device)              # (1,T), (1,T-1)
             kl = exact_kl(model, sft_model, tokens, mask).item()
             (reward,), _ = reward_and_kl(cfg, enc, reward_model, sft_model, [ids], [r], run.device)
-            print(f"{k:8}{reward:6.2f}{'* '[r['ended']]}{kl:8.2f}     {on_a_line(r['text'], r['ended'])}")
+            print(f"{k:8}{reward:6.2f}{'* '[r['ended']]}{kl:6.2f}  {on_a_line(r['text'], r['ended'])}")
 
 
 def find_device(name, dtype="float32"):

@@ -2978,7 +2978,7 @@ def downwards(K):
     return " > ".join(str(i) for i in range(K, 0, -1))
 
 
-def test_section_34_label_writes_each_ranking_at_once_undoes_and_skips(desk, sets):
+def test_section_34_label_writes_each_ranking_at_once_undoes_and_skips(desk, sets, enc):
     out, sit = desk
     path, told = out / "labels.jsonl", {}
 
@@ -3023,7 +3023,9 @@ def test_section_34_label_writes_each_ranking_at_once_undoes_and_skips(desk, set
     assert code == 0 and not error and lines_of(path) == [told["first"]]
     assert f"1 rankings in {path}" in said and said.endswith(
         f"python instructgpt.py ppo --from {out} --out NEW --comparisons {path}\n")
-    assert ig.read_jsonl(str(path), ig.comparison) == lines_of(path)
+    c, = ig.read_jsonl(str(path), ig.comparison)                       # the reward model can learn from it
+    scores, ranks = ig.score_comparisons(small_models(enc)[1], [ig.encode_comparison(enc, c, 16)], "cpu")
+    assert c == told["first"] and ranks.tolist() == [c["ranks"]] and ig.reward_loss(scores, ranks) > 0
 
 
 def test_section_34_label_goes_on_with_the_next_prompt_and_undoes_over_sessions(desk):
@@ -3129,6 +3131,8 @@ def test_label_and_chat_stop_at_ctrl_c_with_130(desk):
     for stage in ("label", "chat"):
         code, _, error = desk[1](stage, turns)
         assert code == 130 and "stopped" in error and "Traceback" not in error
+    run = ig.Run(ig.parse([*SMALL, str(desk[0])])[1], None, False)     # so it is after a training, too
+    assert list(run.log.steps("x", 2)) == [0, 1] and pytest.raises(KeyboardInterrupt, run.log.interrupt)
 
 
 def slow_kl(policy, reference, prompt, response):
@@ -3159,7 +3163,7 @@ def test_eq2_exact_kl_is_its_definition_and_the_mean_of_k1():
 
 def table_on(screen):
     """name -> (reward, KL, answer) of the last table on the screen; a star stays on the reward."""
-    rows = screen.split("reward   KL to SFT\n")[-1].split("\n> ")[0].splitlines()
+    rows = screen.split("reward    KL\n")[-1].split("\n> ")[0].splitlines()
     rows = [row.split(None, 3) for row in rows]
     return {name: (reward, float(kl), answer) for name, reward, kl, answer in rows}
 
@@ -3282,7 +3286,7 @@ class Terminal:
         return rest, self.process.wait(300)
 
 
-def test_section_34_label_in_a_terminal_killed_and_resumed(smoke, tmp_path):
+def test_section_34_label_in_a_terminal_killed_resumed_and_interrupted(smoke, tmp_path):
     out = shutil.copytree(smoke[0], tmp_path / "out")
     terminal = Terminal("label", *SMALL, out)
     _, prompt, answers = question_on(terminal.until("ranking: "))
@@ -3295,12 +3299,13 @@ def test_section_34_label_in_a_terminal_killed_and_resumed(smoke, tmp_path):
     assert first["prompt"] == prompt and first["ranks"] == list(range(len(answers), 0, -1))
     terminal = Terminal("label", *SMALL, out)
     assert question_on(terminal.until("ranking: "))[0] == 2
-    terminal.type("\x04")                                              # Ctrl-D
+    terminal.type("1 >\x03")                                           # Ctrl-C
     said, code = terminal.end()
-    assert code == 0 and said.startswith("\n1 rankings in ") and lines_of(out / "labels.jsonl") == [first]
+    assert code == 130 and "stopped; " in said and "Traceback" not in said
+    assert lines_of(out / "labels.jsonl") == [first]
 
 
-def test_chat_in_a_terminal_with_arrow_keys_and_ctrl_c(smoke):
+def test_chat_in_a_terminal_with_arrow_keys(smoke):
     terminal = Terminal("chat", *SMALL, smoke[0], "--models", "SFT")
     terminal.until("> ")
     terminal.type("I lost my map.\n")
@@ -3309,9 +3314,8 @@ def test_chat_in_a_terminal_with_arrow_keys_and_ctrl_c(smoke):
     assert table_on(terminal.until("\n> ")) != table
     terminal.type("\x1b[A\x1b[A\n")                                    # up, up, enter
     assert table_on(terminal.until("\n> ")) == table
-    terminal.type("Wha\x03")                                           # Ctrl-C
-    said, code = terminal.end()
-    assert code == 130 and "stopped" in said and "Traceback" not in said
+    terminal.type("\x04")                                              # Ctrl-D
+    assert terminal.end() == ("\n", 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
