@@ -1106,7 +1106,7 @@ def test_reinforce_stands_in_the_loop_of_ppo(enc, sets, small_corpus):
     policy, reward_model = small_models(enc)
     ig.ppo(cfg, enc, policy, reward_model, small_prompts(enc, sets), small_corpus, 1.0, cpu, log,
            lambda *a: seen.append(a) or ig.reinforce(*a))
-    (e, numbers), (rewards, _, mask, discount, lam) = log.iterations[0], seen[0]
+    (e, numbers), (rewards, _, mask, discount, _) = log.iterations[0], seen[0]
     assert len(seen) == cfg.iterations and discount == 1.0 and torch.equal(rewards, e["rewards"])
     close(e["raw_advantages"], ig.reinforce(rewards, None, mask)[0])
     close(e["advantages"], ig.whiten(e["raw_advantages"], mask))
@@ -2888,7 +2888,7 @@ def test_init_that_does_not_fit_is_one_line_and_leaves_no_checkpoint(words, told
 # ------------------------------------------------------------------------------------------------------------
 # You are the labeler (3.4), and talk to it: the two commands that wait for what a user types
 
-SMALL = ["--smoke", "--device", "cpu", "--out"]
+MINI = ["--smoke", "--device", "cpu", "--out"]
 
 
 @pytest.mark.parametrize("text, ranks", [
@@ -2952,7 +2952,7 @@ def desk(smoke, tmp_path, monkeypatch, capsys):
                 raise line
             return line
         monkeypatch.setattr("builtins.input", type_a_line)
-        code = ig.main([stage, *SMALL, str(out), *words])
+        code = ig.main([stage, *MINI, str(out), *words])
         return (code, *capsys.readouterr())
     return out, sit
 
@@ -3050,7 +3050,7 @@ def test_section_34_label_goes_on_with_the_next_prompt_and_undoes_over_sessions(
 
 def test_section_34_label_shows_samples_of_the_sft_model_each_text_once(desk, sets, enc, monkeypatch):
     out, sit = desk
-    run = ig.Run(ig.parse([*SMALL, str(out)])[1], None, False)
+    run = ig.Run(ig.parse([*MINI, str(out)])[1], None, False)
     generator, real, drawn = ig.seed(run.cfg, "label"), ig.respond, []
     for row in sets["rm_train"][:3]:
         prompts = 4 * [ig.encode_prompt(enc, row["prompt"])]
@@ -3131,7 +3131,7 @@ def test_label_and_chat_stop_at_ctrl_c_with_130(desk):
     for stage in ("label", "chat"):
         code, _, error = desk[1](stage, turns)
         assert code == 130 and "stopped" in error and "Traceback" not in error
-    run = ig.Run(ig.parse([*SMALL, str(desk[0])])[1], None, False)     # so it is after a training, too
+    run = ig.Run(ig.parse([*MINI, str(desk[0])])[1], None, False)     # so it is after a training, too
     assert list(run.log.steps("x", 2)) == [0, 1] and pytest.raises(KeyboardInterrupt, run.log.interrupt)
 
 
@@ -3170,7 +3170,7 @@ def table_on(screen):
 
 def test_chat_answers_side_by_side_with_reward_and_kl(desk, enc, monkeypatch):
     out, sit = desk
-    run = ig.Run(ig.parse([*SMALL, str(out)])[1], None, False)
+    run = ig.Run(ig.parse([*MINI, str(out)])[1], None, False)
     questions = ["What is a bat?", "I lost my map.", "Repeat: " + ig.EOT, "List two fruits.", "x" * 46]
     seen, real = [], ig.respond
     monkeypatch.setattr(ig, "respond", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
@@ -3233,7 +3233,7 @@ def test_chat_wants_models_that_are_there(desk):
 
 
 def test_chat_reads_a_pipe_and_shows_each_question_once(smoke, monkeypatch, capsys):
-    words = [sys.executable, os.path.join(HERE, "instructgpt.py"), "chat", *SMALL, str(smoke[0])]
+    words = [sys.executable, os.path.join(HERE, "instructgpt.py"), "chat", *MINI, str(smoke[0])]
     done = subprocess.run([*words, "--models", "SFT", "PPO"], input="Is it é?\n\nI lost my map.", text=True,
                           capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
     said = done.stdout.split("\n> ")
@@ -3241,7 +3241,7 @@ def test_chat_reads_a_pipe_and_shows_each_question_once(smoke, monkeypatch, caps
         "Is it é?", "", "I lost my map.", ""]
     assert list(table_on(done.stdout)) == ["SFT", "PPO"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"moo\xff\n"), encoding="utf-8"))
-    assert ig.main(["chat", *SMALL, str(smoke[0])]) == 2
+    assert ig.main(["chat", *MINI, str(smoke[0])]) == 2
     error = capsys.readouterr().err
     assert error == "instructgpt.py: the line typed is not UTF-8 text (invalid start byte)\n"
 
@@ -3288,7 +3288,7 @@ class Terminal:
 
 def test_section_34_label_in_a_terminal_killed_resumed_and_interrupted(smoke, tmp_path):
     out = shutil.copytree(smoke[0], tmp_path / "out")
-    terminal = Terminal("label", *SMALL, out)
+    terminal = Terminal("label", *MINI, out)
     _, prompt, answers = question_on(terminal.until("ranking: "))
     terminal.type("x\x7f" + downwards(len(answers)) + "\n")            # x, backspace, a ranking, enter
     terminal.until("\n[2] "), terminal.until("ranking: ")
@@ -3297,7 +3297,7 @@ def test_section_34_label_in_a_terminal_killed_resumed_and_interrupted(smoke, tm
     assert terminal.end()[1] == -signal.SIGKILL
     first, = lines_of(out / "labels.jsonl")
     assert first["prompt"] == prompt and first["ranks"] == list(range(len(answers), 0, -1))
-    terminal = Terminal("label", *SMALL, out)
+    terminal = Terminal("label", *MINI, out)
     assert question_on(terminal.until("ranking: "))[0] == 2
     terminal.type("1 >\x03")                                           # Ctrl-C
     said, code = terminal.end()
@@ -3306,7 +3306,7 @@ def test_section_34_label_in_a_terminal_killed_resumed_and_interrupted(smoke, tm
 
 
 def test_chat_in_a_terminal_with_arrow_keys(smoke):
-    terminal = Terminal("chat", *SMALL, smoke[0], "--models", "SFT")
+    terminal = Terminal("chat", *MINI, smoke[0], "--models", "SFT")
     terminal.until("> ")
     terminal.type("I lost my map.\n")
     table = table_on(terminal.until("\n> "))
@@ -3537,7 +3537,7 @@ def test_section_c4_graphs_are_kept_apart_by_temperature_and_end(monkeypatch):
 def test_eq2_kl_is_to_the_reference_not_to_the_sampler(enc, sets):
     reference, reward_model = small_models(enc)
     prompts = [p["ids"] for p in small_prompts(enc, sets, 16)]
-    e = ig.make_experience(ig.Config(**SMALL), enc, move(deepcopy(reference)), reward_model, reference,
+    e = ig.make_experience(ig.Config(**MINI), enc, move(deepcopy(reference)), reward_model, reference,
                            reward_model, prompts, seeded(1))
     close(e["ref_logprobs"], ig.token_logprobs(reference, e["tokens"], 1.0, e["mask"]), atol=1e-5, rtol=0)
     assert (e["logprobs"] - e["ref_logprobs"]).abs().max() > 0.01
