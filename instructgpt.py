@@ -64,6 +64,7 @@ import time
 from base64 import b64decode                     # tiktoken's rank files
 from contextlib import contextmanager            # around the reading of checkpoints
 from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape                          # the picture
 
 import numpy as np                               # the corpus is one array
 import tiktoken
@@ -899,7 +900,8 @@ def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
 
 
 def best_of_n_kl(n):
-    """KL of best-of-n to its sampler, nats; an upper bound (Beirami et al. 2024)."""
+    """KL(the best of n samples of a policy || the policy), nats: log n - (n-1)/n. Stiennon et al. 2020 (G.3)
+    state an equality; it is an upper bound (Beirami et al. 2024, arXiv 2401.01879): samples may be alike."""
     return math.log(n) - (n - 1) / n
 
 
@@ -952,17 +954,21 @@ def mean(x):
 
 
 @torch.no_grad()
-def judge_reward_model(enc, reward_model, comparisons, longest, device):
+def judge_reward_model(cfg, enc, reward_model, comparisons, device):
     """On held-out comparisons, over pairs of unequal text: accuracy against labeler A where A has a
     preference; agreement of a second labeler on the same pairs, a tie counts half; accuracy against
-    gold where gold differs."""
-    hits, agree, true = [], [], {}
+    gold where gold differs. Best of n: of the first n responses the one with the highest score."""
+    hits, agree, true, best = [], [], {}, {}
     for part in (comparisons[s:s + 32] for s in range(0, len(comparisons), 32)):
-        encoded = [encode_comparison(enc, c, longest) for c in part]
+        encoded = [encode_comparison(enc, c, cfg.max_new_tokens) for c in part]
         scores, _ = score_comparisons(reward_model, encoded, device)            # (b,K)
-        for c, r in zip(part, scores.tolist()):
+        for c, (_, ids, _), r in zip(part, encoded, scores.tolist()):
             texts, a, b, g = c["responses"], c["ranks"], c.get("second_ranks"), c.get("gold")
-            first = [texts.index(t) for t in texts]        # equal texts share the first one's score
+            first = [ids.index(y) for y in ids]            # equal texts share the first one's score
+            score = [r[k] if end else cfg.unfinished_score for k, end in zip(first, c["ended"])]
+            for n in range(1, len(ids) + 1):
+                k = max(range(n), key=score.__getitem__)
+                best.setdefault(n, []).append((score[k], g[k] if g else 0))
             for i, j in ((i, j) for i in range(len(texts)) for j in range(i) if texts[i] != texts[j]):
                 above = r[first[i]] > r[first[j]]
                 if a[i] != a[j]:
@@ -971,9 +977,11 @@ def judge_reward_model(enc, reward_model, comparisons, longest, device):
                         agree.append(0.5 if b[i] == b[j] else float((b[i] < b[j]) == (a[i] < a[j])))
                 if g and g[i] != g[j]:
                     true.setdefault(c["use_case"], []).append(above == (g[i] > g[j]))
-    gold = {"agreement": mean(agree), "gold_accuracy": mean(sum(true.values(), [])),
-            "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())}}
-    return {"accuracy": mean(hits), **(gold if agree else {})}
+    known = {"agreement": mean(agree), "gold_accuracy": mean(sum(true.values(), [])),
+             "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())}}
+    return {"accuracy": mean(hits), **(known if agree else {}), "best_of_n": {
+        n: {"reward": mean([x for x, _ in v]), "kl": best_of_n_kl(n),
+            **({"gold": mean([y for _, y in v])} if agree else {})} for n, v in sorted(best.items())}}
 
 
 def preference(world, group, tasks, mine, theirs, judges, rng):
@@ -1161,45 +1169,99 @@ def samples(tests, answers, n=6):
     return "\n".join(lines)
 
 
-def picture(results, history):
-    """results.json's models and the log's PPO lines as SVG: preference, alignment tax, quality against KL."""
-    colors = dict(zip(["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"],
-                      ["#9aa5b1", "#627d98", "#f0b429", "#d64545", "#2f8132"]))
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="960" height="300" font-family="sans-serif" '
-           'font-size="12"><rect width="960" height="300" fill="white"/>']
-    text = lambda x, y, s, anchor="middle", size=12: svg.append(
-        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" font-size="{size}">{s}</text>')
-    base = results["GPT"]["pretrain_loss"]
-    for left, title, values, top, mark in (
-            (40, "Preferred to SFT (labelers, 95 %)", {k: (r["win_vs_sft"], r["ci95"]["win_vs_sft"])
-                                                       for k, r in results.items()}, 0.8, 0.5),
-            (360, "Alignment tax: rise of the pretraining loss, nats",
-             {k: (r["pretrain_loss"] - base, 0) for k, r in results.items() if "GPT" not in k}, None, None)):
-        top = top or 1.2 * max(v for v, _ in values.values())
-        y = lambda v: 250 - 200 * max(0, min(v, top)) / top
-        text(left + 130, 25, title, size=13)
-        for i, (name, (v, e)) in enumerate(values.items()):
-            x = left + i * 260 / len(values)
-            svg.append(f'<rect x="{x:.0f}" y="{y(v):.1f}" width="{200 / len(values):.0f}" '
-                       f'height="{250 - y(v):.1f}" fill="{colors.get(name)}"/>')
-            middle = x + 100 / len(values)
-            svg.append(f'<path d="M{middle:.0f} {y(v - e):.1f}V{y(v + e):.1f}" stroke="black"/>' * (e > 0))
-            text(middle, y(v + e) - 6, f"{v:.2f}")
-            text(middle, 268, name.replace("GPT (prompted)", "prompted"), size=11)
-        svg.append(f'<path d="M{left} {y(mark or 0):.1f}h255" stroke="#999" stroke-dasharray="4 3"/>')
-    text(810, 25, "True quality against KL to SFT, during RL", size=13)
-    widest = max([1e-3] + [h["k1"] for h in history])
-    low, high = min([6] + [h["gold"] for h in history]), max([6.1] + [h["gold"] for h in history])
-    for name, label in (("ppo", "PPO"), ("ppo_ptx", "PPO-ptx")):
-        for h in (h for h in history if h["stage"] == name):
-            svg.append(f'<circle cx="{690 + 240 * h["k1"] / widest:.1f}" r="3" fill="{colors[label]}" '
-                       f'fill-opacity="0.6" cy="{250 - 200 * (h["gold"] - low) / (high - low):.1f}"/>')
-    svg.append('<path d="M690 45V250H940" stroke="black" fill="none"/>')
-    text(684, 254, f"{low:.1f}", "end")
-    text(684, 54, f"{high:.1f}", "end")
-    text(690, 268, "0")
-    text(945, 268, f"{widest:.1f} nats", "end")
-    return "\n".join(svg) + "\n</svg>\n"
+# The picture: SVG of our own, in panels of 320 x 300. The colour-blind can tell these colours apart (Okabe
+# and Ito 2008; greys for GPT, the last four for names not known here). A name keeps its colour in all panels.
+INKS = "9aa0a8 5b6470 e69f00 d55e00 0072b2 009e73 000000 cc79a7 56b4e9 8c510a 999933 882255 44aa99".split()
+KNOWN = ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx", "best of 9", "RM", "DPO", "KTO"]
+
+
+def text(x, y, words, anchor="middle", most=48):
+    """Words at a place. Some come from a user's files: what XML cannot hold goes, and all after `most`."""
+    words = escape("".join(c for c in words if c.isprintable())[:most])
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{words}</text>'
+
+
+def axis(numbers, begin, length, reads=float):
+    """An axis that holds these numbers -> the function from a number to its place, and lines of SVG at round
+    ones with what they read; from left to right or, if the length is negative, up."""
+    room = 0.04 * (max(numbers) - min(numbers))
+    low, high = min(numbers) - room, max(numbers) + room
+    at = lambda v: begin + length * ((v - low) / (high - low) if room else 0.5)
+    step = next(m * 10.0 ** k for k in range(-9, 99) for m in (1, 2, 5) if high - low <= 4.5 * m * 10.0 ** k)
+    ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    draw = (lambda p, s: f'M42 {p:.1f}H222"/>' + text(36, p + 4, s, "end")) if length < 0 else (
+        lambda p, s: f'M{p:.1f} 40V240"/>' + text(p, 256, s))
+    return at, ['<path stroke="#ddd" d="' + draw(at(t), f"{reads(t):.3g}") for t in ticks]
+
+
+def bars(values, inks, start=0.0):
+    """{name: (value, half-width of its interval)} as bars from `start` to the value."""
+    at, svg = axis([start] + [v + w for v, e in values.values() for w in (-e, e)], 114, 156)
+    zero, wide = f"M{at(start):.1f}", min(36, 144 / len(values))
+    for i, (name, (v, e)) in enumerate(values.items()):
+        y = 40 + wide * (i + 0.5) / 0.72
+        svg += [f'<path d="{zero} {y:.1f}H{at(v):.1f}" stroke="#{inks[name]}" stroke-width="{wide:.0f}"/>',
+                f'<path d="{zero} 40V240M{at(v - e):.1f} {y:.1f}H{at(v + e):.1f}" stroke="black"/>',
+                text(110, y + 4, name, "end", 16), text(312, y + 4, f"{v:.2f}", "end")]
+    return svg
+
+
+def curves(series, inks, reads_x=float, reads_y=float):
+    """{name: [(x, y), ...]}, x >= 0, as curves that swell on their way; their names stand on the right."""
+    xs, ys = zip(*(point for points in series.values() for point in points))
+    (at_x, svg), (at_y, up), label = axis([0, *xs], 42, 180, reads_x), axis(ys, 240, -200, reads_y), 0
+    for i, name in enumerate(sorted(series, key=lambda name: -series[name][-1][1])):
+        label = min(max(at_y(series[name][-1][1]), label + 16), 256 - 16 * (len(series) - i))
+        dots = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in series[name]]
+        mark, wide = [f"232 {label:.1f}"], [2 + 3 * j / len(dots) for j in range(len(dots) - 1)] + [9, 9]
+        svg += [f'<g stroke="#{inks[name]}" fill="none" stroke-linecap="round" stroke-width="1.5">',
+                f'<path d="M{"L".join(dots)}"/>',
+                *(f'<path d="M{dot}h.01" stroke-width="{w:.1f}"/>' for dot, w in zip(dots + mark, wide)),
+                "</g>", text(240, label + 4, name, "start", 11)]
+    return up + svg
+
+
+def picture(results, history, best_of_n):
+    """results.json's models and best_of_n, the log's lines -> SVG: the first six panels that have numbers.
+    What RL trained is a curve in KL, as best of n is; any other model is a dot. KL is k1, as the log's k3
+    is five times as noisy, on a root axis, along which reward rises about linearly (Bai et al. 2022)."""
+    runs, label = {h["stage"] for h in history if "k1" in h}, {s: k for k, s in MODELS.items()} | {"rm": "RM"}
+    dots = [(f"best of {len(best_of_n)}", b) for b in best_of_n.values()]
+    dots += [(k, r) for k, r in results.items() if k in MODELS and k != "GPT" and MODELS[k] not in runs]
+    stages = {}
+    for h in [*history, *({**r, "stage": k, "k1": r["kl"], "score": r["reward"]} for k, r in dots)]:
+        stages.setdefault(label.get(h["stage"], h["stage"]), []).append(h)
+    inks = dict(zip(dict.fromkeys([*KNOWN, *results, *stages]), INKS * 9))
+
+    def series(x, y, f):                 # f of the means of x and y over (at most 20) stretches of a stage
+        rows = {k: [(h[x], h[y]) for h in lines if x in h and y in h] for k, lines in stages.items()}
+        return {k: [f(*map(mean, zip(*r[i:i + n]))) for i in range(0, len(r), n)]
+                for k, r in rows.items() for n in [(len(r) + 19) // 20] if r}
+
+    losses = series("step", "loss", lambda x, y: (x, math.log2(max(y, 0.01))))
+    losses = {k: [(100 * x / points[-1][0], y) for x, y in points] for k, points in losses.items()}
+    wins = {k: (r["win_vs_sft"], r["ci95"]["win_vs_sft"]) for k, r in results.items() if "win_vs_sft" in r}
+    base, chosen = results["GPT"], next(k for k in ("PPO-ptx", "PPO", *reversed(results)) if k in results)
+    tax = {k: (r["pretrain_loss"] - base["pretrain_loss"], 0) for k, r in results.items()
+           if "GPT" not in k and "pretrain_loss" in r}
+    old, new = (results[k].get("gold_by_use_case", {}) for k in ("SFT", chosen))
+    gain = {k: (new[k] - old[k], 0) for k in sorted(new, key=lambda k: old[k] - new[k])[:10]}
+    kl = "KL (k1) to SFT, nats a response, root axis"
+    root, square = lambda x, y: (max(x, 0) ** 0.5, y), lambda t: t * t
+    panels = [("Preferred to SFT", "share of comparisons, 95 % intervals", wins, bars, inks, 0.5),
+              ("Alignment tax", "rise of the pretraining loss, nats a token", tax, bars, inks),
+              ("Losses, nats", "% of the steps", losses, curves, inks, float, lambda t: round(2 ** t, 2)),
+              ("Reward against KL", kl, series("k1", "score", root), curves, inks, square),
+              ("True quality (gold) against KL", kl, series("k1", "gold", root), curves, inks, square),
+              (f"{chosen}: gold over SFT", "by use case", gain, bars, dict.fromkeys(gain, inks[chosen])),
+              ("Tokens a response", kl, series("k1", "length", root), curves, inks, square)]
+    svg = []
+    for i, (title, below, values, draw, *how) in enumerate([panel for panel in panels if panel[2]][:6]):
+        svg += [f'<g transform="translate({i % 3 * 320} {i // 3 * 300 + 8})"><g font-weight="bold">',
+                text(160, 22, title), "</g>", text(160, 277, below), *draw(values, *how), "</g>"]
+    return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13" '
+                      f'viewBox="0 0 960 {i // 3 * 300 + 308}"><path d="M0 0h960v999H0" fill="white"/>',
+                      *svg, "</svg>\n"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1896,15 +1958,14 @@ class Run:
                              "parameters": sum(p.numel() for p in model.parameters()),
                              "ci95": {k: half([float(x) for x in v]) for k, v in shares.items()}}
             self.log("evaluate", len(results), len(models))
-        rm = judge_reward_model(self.enc, reward_model, self.comparisons("valid"), cfg.max_new_tokens,
-                                self.device)
+        rm = judge_reward_model(cfg, self.enc, reward_model, self.comparisons("valid"), self.device)
         seconds = {**self.seconds, "evaluate": time.time() - begun}
         seconds["total"] = sum(seconds.values())
-        history = [h for h in read_jsonl(self.log.path, stage=str) if h["stage"] in ("ppo", "ppo_ptx")]
-        history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated run the last
+        history = read_jsonl(self.log.path, stage=str, step=int)
+        history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
         shown = samples(tests, answers)
         save(self.path("samples.txt"), shown.strip() + "\n")
-        save(self.path("picture.svg"), picture(results, history))
+        save(self.path("picture.svg"), picture(results, history, rm["best_of_n"]))
         save(self.path("results.json"), json.dumps({
             "config": {**asdict(cfg), **asdict(models["GPT"].config), "block_size": cfg.block_size},
             "seconds": {k: round(v, 1) for k, v in seconds.items()},

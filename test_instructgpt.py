@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as tree
 from base64 import b64decode, b64encode
 from collections import Counter
 from copy import deepcopy
@@ -1232,6 +1233,48 @@ def test_neighbours_micro_batches_are_parts_of_the_same_batch(enc):
         close(weights(one), weights(three))
 
 
+def test_best_of_n_kl_is_an_upper_bound_and_close_where_no_two_samples_are_alike():
+    p = [0.4, 0.3, 0.2, 0.1]                                           # outcome i has score i
+    for n in range(1, 6):
+        q = [0.] * 4
+        for draws in itertools.product(range(4), repeat=n):            # every possible luck
+            q[max(draws)] += math.prod(p[i] for i in draws)
+        exact = sum(a * math.log(a / b) for a, b in zip(q, p))
+        assert exact <= ig.best_of_n_kl(n) + 1e-12 and (n == 1 or exact > 0)
+        M = 20000                                                      # as many outcomes, equally likely
+        q = [((i + 1) / M) ** n - (i / M) ** n for i in range(M)]
+        assert sum(a * math.log(a * M) for a in q if a) == pytest.approx(ig.best_of_n_kl(n), abs=1e-3)
+    assert ig.best_of_n_kl(1) == 0
+
+
+def test_best_of_n_is_the_best_scored_of_the_first_n(enc):
+    """Against each response scored alone; with equal texts, unfinished ones, and different numbers of them."""
+    torch.manual_seed(0)
+    model, cfg = ig.GPT(ig.GPTConfig(enc.n_vocab, 64, 1, 2, 16), "scalar"), ig.Config(unfinished_score=-0.2)
+    rng, words = random.Random(0), ["sad.", "happy.", "I am sorry.", "no.", "The cow.", "", "a b c"]
+    comparisons = []
+    for i in range(70):
+        k = rng.randint(2, 6)
+        texts, shares = [rng.choice(words) for _ in range(k)], [rng.random() for _ in range(k)]
+        comparisons.append({"prompt": f"a {i}", "responses": texts, "ended": [x < 0.7 for x in shares],
+                            "ranks": [1] * k, "second_ranks": [1] * k, "gold": shares, "use_case": "u"})
+    want = {}
+    for c in comparisons:
+        best = None
+        for n, (text, ended, gold) in enumerate(zip(c["responses"], c["ended"], c["gold"]), 1):
+            tokens = ig.encode_prompt(enc, c["prompt"]) + ig.encode_response(enc, text)
+            score = model(torch.tensor([tokens]))[0, -1].item() if ended else -0.2
+            if best is None or score > best[0] + 1e-6:                 # of equals the first
+                best = score, gold
+            want.setdefault(n, []).append(best)
+    got = ig.judge_reward_model(cfg, enc, model, comparisons, "cpu")["best_of_n"]
+    assert list(got) == [1, 2, 3, 4, 5, 6]
+    for n, picked in want.items():
+        reward, gold = (ig.mean(x) for x in zip(*picked))
+        assert got[n]["kl"] == ig.best_of_n_kl(n)
+        assert got[n]["reward"] == pytest.approx(reward, abs=1e-5) and got[n]["gold"] == pytest.approx(gold)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The toy world (3.2, 3.4, Tables 1, 3 and 6)
 
@@ -1999,7 +2042,11 @@ def test_smoke_run_leaves_what_it_promises(smoke):
     assert set(r) == {"config", "seconds", "reward_model", "models"}
     assert all(r["config"][k] == v for k, v in dict(n_layer=2, n_embd=64, block_size=64, gelu="none").items())
     assert set(r["seconds"]) == {"pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate", "total"}
-    assert set(r["reward_model"]) == {"accuracy", "agreement", "gold_accuracy", "gold_accuracy_by_use_case"}
+    assert set(r["reward_model"]) == {"accuracy", "agreement", "gold_accuracy", "gold_accuracy_by_use_case",
+                                      "best_of_n"}
+    best = r["reward_model"]["best_of_n"]
+    assert list(best) == [str(n) for n in range(1, 10)] and best["1"]["kl"] == 0
+    assert best["4"]["reward"] > best["1"]["reward"]                   # of the same comparisons: k_min is 4
     assert list(r["models"]) == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx"]
     names = ("win_vs_sft win_vs_sft_heldout win_vs_sft_gold win_vs_gpt likert gold reward follows constraint "
              "truthful truthful_informative hallucinates rude rude_respectful bias_bits fewshot unseen kl "
@@ -2019,20 +2066,147 @@ def test_smoke_run_leaves_what_it_promises(smoke):
     assert len(differences) == 2 and max(differences) < 1e-4
 
 
-def test_picture_is_xml(smoke):
-    import xml.etree.ElementTree as tree
-    assert tree.parse(smoke[0] / "picture.svg").getroot().tag.endswith("svg")
+def panels_of(svg):
+    """A picture -> {title: (its texts, the colours in it)}. It must be XML, small, of numbers; no text may touch
+    another (characters taken as 7 wide and 12 high) or leave its panel."""
+    assert len(svg.encode()) < 40_000 and "nan" not in svg and "inf" not in svg
+    out, root = {}, tree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    for panel in root.findall("{*}g"):
+        boxes = []
+        for t in panel.iter(root.tag[:-3] + "text"):
+            wide, x, y = 7 * len(t.text), float(t.get("x")), float(t.get("y"))
+            left = x - wide * {"start": 0, "middle": 0.5, "end": 1}[t.get("text-anchor")]
+            boxes.append((left, left + wide, y - 12, y))
+        for a, b in itertools.combinations(boxes, 2):
+            assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2], (a, b)
+        assert all(a[0] >= -4 and a[1] <= 322 and 0 <= a[2] and a[3] <= 292 for a in boxes)
+        title, *rest = [t.text for t in panel.iter(root.tag[:-3] + "text")]
+        out[title] = rest, {e.get("stroke") for e in panel.iter() if e.get("stroke")}
+    height = float(root.get("viewBox").split()[3])
+    assert 300 * ((len(out) + 2) // 3) <= height < 300 * ((len(out) + 2) // 3) + 20
+    return out
+
+
+TITLES = ["Preferred to SFT", "Alignment tax", "Losses, nats", "Reward against KL",
+          "True quality (gold) against KL", "PPO-ptx: gold over SFT", "Tokens a response"]
+
+
+@pytest.fixture(scope="module")
+def drawn(smoke):
+    """What picture() is given at the end of the run in miniature: models, history, best of n."""
+    r = json.loads((smoke[0] / "results.json").read_text())
+    history = [json.loads(line) for line in open_lines(smoke[0] / "log.jsonl")]
+    return r["models"], [h for h in history if h["stage"] != "evaluate"], r["reward_model"]["best_of_n"]
+
+
+def test_picture_of_a_run_has_six_panels_and_a_colour_a_model(smoke, drawn):
+    svg = (smoke[0] / "picture.svg").read_text(encoding="utf-8")
+    assert svg == ig.picture(*drawn)
+    panels = panels_of(svg)
+    assert list(panels) == TITLES[:6]
+    texts = {title: texts for title, (texts, _) in panels.items()}
+    assert {"GPT", "SFT", "PPO", "PPO-ptx"} <= set(texts["Preferred to SFT"])
+    assert {"GPT", "SFT", "RM"} <= set(texts["Losses, nats"])
+    for title in TITLES[3:5]:
+        assert {"SFT", "PPO", "PPO-ptx", "best of 9"} <= set(texts[title]) and "GPT" not in texts[title]
+    for title in TITLES[:2] + TITLES[3:5]:
+        assert {"#d55e00", "#0072b2"} <= panels[title][1]              # PPO, PPO-ptx
+
+
+def test_picture_holds_ten_models_known_and_unknown(drawn, monkeypatch):
+    models, history, best = drawn
+    monkeypatch.setattr(ig, "MODELS", {**ig.MODELS, "DPO": "dpo", "REINFORCE": "reinforce"})
+    new = ("DPO", "KTO", "REINFORCE", "best of 9", "rival GPT")
+    models = {**models, **{k: {**models["PPO"], "kl": 0.1 * i} for i, k in enumerate(new)}}
+    history = history + [{**h, "stage": "reinforce"} for h in history if h["stage"] == "ppo"]
+    history += [{"stage": "dpo", "step": i + 1, "loss": 0., "gold": 3.} for i in range(500)]     # may reach 0
+    panels = panels_of(ig.picture(models, history, best))
+    assert list(panels) == TITLES[:6]
+    for name in models:
+        assert name in panels["Preferred to SFT"][0] and (name in panels["Alignment tax"][0] or name in (
+            "GPT", "GPT (prompted)"))
+    assert len(panels["Preferred to SFT"][1] - {"#ddd", "black"}) == 10
+    for title in TITLES[3:5]:                                          # what has no checkpoint has no dot
+        assert {"DPO", "REINFORCE", "best of 9"} <= set(panels[title][0])
+        assert "KTO" not in panels[title][0] and "rival GPT" not in panels[title][0]
+    assert "DPO" in panels["Losses, nats"][0] and "DPO" not in panels_of(
+        ig.picture(*drawn))["Losses, nats"][0]
+    few = {k: models[k] for k in ("GPT", "SFT", "rival GPT")}
+    assert "rival GPT: gold over SFT" in panels_of(ig.picture(few, history, best))
+
+
+def test_picture_keeps_names_apart_inside_of_their_panel():
+    for ys in ([0.] * 9 + [1.], [1.] * 9 + [0.], [0.5] * 10, list(range(10)), [0., 0., 0., 1., 1., 1.]):
+        series = {f"{i}": [(0, 0), (1, 1), (2, y)] for i, y in enumerate(ys)}
+        svg = "".join(ig.curves(series, dict.fromkeys(series, "000000")))
+        names = [t for t in tree.fromstring(f"<g>{svg}</g>").iter("text") if t.get("x") == "240"]
+        places = [float(t.get("y")) for t in names]
+        assert all(b - a >= 15 for a, b in zip(places, places[1:])) and 40 < places[0] and places[-1] < 246
+        ends = [ys[int(t.text)] for t in names]
+        assert len(ends) == len(ys) and ends == sorted(ys, reverse=True)
+
+
+def test_picture_leaves_out_what_has_no_numbers(drawn):
+    models, history, best = drawn
+    bare = {k: {f: x for f, x in m.items() if "gold" not in f and "win" not in f} for k, m in models.items()}
+    no_gold = [{k: x for k, x in h.items() if k != "gold"} for h in history]
+    best = {n: {k: x for k, x in b.items() if k != "gold"} for n, b in best.items()}
+    assert list(panels_of(ig.picture(bare, no_gold, best))) == [TITLES[i] for i in (1, 2, 3, 6)]
+    assert list(panels_of(ig.picture(bare, no_gold, {}))) == [TITLES[i] for i in (1, 2, 3, 6)]
+    later = [h for h in history if h["stage"] not in ("pretrain", "sft", "rm")]          # a run with --from
+    assert list(panels_of(ig.picture(models, later, best))) == TITLES[:2] + TITLES[3:]
+    dots = panels_of(ig.picture(models, [], {}))                       # every model from another run
+    assert list(dots) == TITLES[:2] + TITLES[3:] and "PPO" in dots["Reward against KL"][0]
+    start = {k: models[k] for k in ("GPT", "GPT (prompted)", "SFT")}
+    panels_of(ig.picture(start, [h for h in history if h["stage"] == "pretrain"][:1], {}))
+
+
+def test_picture_survives_names_that_xml_cannot_hold(drawn):
+    models, history, best = drawn
+    evil = ["</text><script>", "&amp;\"'", "\0\x1b[0m\ufffe\ud800", "世" * 5000, "]]>"]
+    models = {**models, **{name: models["PPO"] for name in evil}}
+    use_cases = {**dict.fromkeys(evil, 1.0), **{f"u{i}": float(i) for i in range(40)}}
+    models = {k: {**m, "gold_by_use_case": use_cases} for k, m in models.items()}
+    history = history + [{**h, "stage": evil[0] + "\n"} for h in history if h["stage"] == "ppo"]
+    svg = ig.picture(models, history, best)
+    root = tree.fromstring(svg.encode())
+    assert {e.tag.split("}")[1] for e in root.iter()} == {"svg", "g", "path", "text"}
+    texts = [e.text or "" for e in root.iter(root.tag[:-3] + "text")]
+    assert "</text><script>" in texts[:40] and max(map(len, texts)) <= 48
+
+
+def test_picture_means_over_stretches_and_takes_roots(drawn):
+    """Twenty groups of three lines: in the root of KL their means lie on a straight line, equally far apart."""
+    lines = [{"stage": "ppo", "step": i + 1, "k1": (i // 3) ** 2 - 1e-9 * (i == 1),
+              "score": i // 3 + (i % 3 - 1) * (-1) ** (i // 3)} for i in range(60)]
+    root = tree.fromstring(ig.picture(drawn[0], lines, {}))
+    line, = [p.get("d") for p in root.iter(root.tag[:-3] + "path") if p.get("d").count("L") == 19]
+    places = [tuple(map(float, place.split())) for place in line[1:].split("L")]
+    for k in (0, 1):
+        moves = [b[k] - a[k] for a, b in zip(places, places[1:])]
+        assert max(moves) - min(moves) < 0.21 and (moves[0] > 8 if k == 0 else moves[0] < -8)
+
+
+def test_readme_shows_a_picture_of_this_version():
+    with open(os.path.join(DATA, "picture.svg"), encoding="utf-8") as f:
+        assert list(panels_of(f.read())) == TITLES[:6]
 
 
 def test_finished_stages_are_not_trained_again_and_evaluation_repeats_itself(smoke):
     out, _ = smoke
     before, stages = json.loads((out / "results.json").read_text()), Counter(
         json.loads(line)["stage"] for line in open_lines(out / "log.jsonl"))
+    picture = (out / "picture.svg").read_text()
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps({"stage": "rm", "step": 1, "loss": 100.}) + "\n")
+    stages["rm"] += 1
     assert command("evaluate", "--smoke", "--device", "cpu", "--out", out).returncode == 0
     after = json.loads((out / "results.json").read_text())
     assert after["models"] == before["models"] and after["reward_model"] == before["reward_model"]
     again = Counter(json.loads(line)["stage"] for line in open_lines(out / "log.jsonl"))
     assert {k for k in again if again[k] != stages[k]} == {"evaluate"}
+    assert (out / "picture.svg").read_text() != picture            # of a repeated step the last counts
 
 
 def open_lines(path):
