@@ -979,9 +979,9 @@ def judge_reward_model(cfg, enc, reward_model, comparisons, device):
                     true.setdefault(c["use_case"], []).append(above == (g[i] > g[j]))
     known = {"agreement": mean(agree), "gold_accuracy": mean(sum(true.values(), [])),
              "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())}}
-    return {"accuracy": mean(hits), **(known if agree else {}), "best_of_n": {
+    return {"accuracy": mean(hits), **(known if true else {}), "best_of_n": {
         n: {"reward": mean([x for x, _ in v]), "kl": best_of_n_kl(n),
-            **({"gold": mean([y for _, y in v])} if agree else {})} for n, v in sorted(best.items())}}
+            **({"gold": mean([y for _, y in v])} if true else {})} for n, v in sorted(best.items())}}
 
 
 def preference(world, group, tasks, mine, theirs, judges, rng):
