@@ -2108,6 +2108,7 @@ def test_picture_of_a_run_has_six_panels_and_a_colour_a_model(smoke, drawn):
     texts = {title: texts for title, (texts, _) in panels.items()}
     assert {"GPT", "SFT", "PPO", "PPO-ptx"} <= set(texts["Preferred to SFT"])
     assert {"GPT", "SFT", "RM"} <= set(texts["Losses, nats"])
+    assert not {"GPT", "GPT (prompted)"} & set(texts["Alignment tax"])
     for title in TITLES[3:5]:
         assert {"SFT", "PPO", "PPO-ptx", "best of 9"} <= set(texts[title]) and "GPT" not in texts[title]
     for title in TITLES[:2] + TITLES[3:5]:
@@ -2174,6 +2175,7 @@ def test_picture_survives_names_that_xml_cannot_hold(drawn):
     assert {e.tag.split("}")[1] for e in root.iter()} == {"svg", "g", "path", "text"}
     texts = [e.text or "" for e in root.iter(root.tag[:-3] + "text")]
     assert "</text><script>" in texts[:40] and max(map(len, texts)) <= 48
+    assert [t for t in texts if t in use_cases and t[0] == "u"] == [f"u{i}" for i in range(5)]   # ten rows
 
 
 def test_picture_means_over_stretches_and_takes_roots(drawn):
