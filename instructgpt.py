@@ -450,9 +450,8 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
     """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). Log-softmax in float32 whatever the model's type.
     The temperature is the sampler's: what is scored must be what was sampled from. With a mask (B,T-1) only
     its N entries are computed and go back to their places; elsewhere stands 0."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]                             # (B,T-1) each
-    logits = model(inputs) if mask is None else model(inputs, mask)             # (B,T-1,V) or (N,V)
-    targets = targets if mask is None else targets[mask]                        # (B,T-1) or (N,)
+    targets = tokens[:, 1:] if mask is None else tokens[:, 1:][mask]            # (B,T-1) or (N,)
+    logits = model(tokens[:, :-1]) if mask is None else model(tokens[:, :-1], mask)            # (N,V) with it
     y = F.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[..., None]).squeeze(-1)
     return y if mask is None else torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, y)
 
