@@ -1341,7 +1341,7 @@ class Log:
         path, done, start, self.name = os.path.join(self.cfg.out, name + ".part"), 0, time.time(), name
         if os.path.exists(path):
             part = load(path)
-            if part["settings"] != self.settings:
+            if change(part, self.settings):
                 raise UserError(f"{path} was begun with {change(part, self.settings)}: go on as it was "
                                 "begun, give another --out, or start over with --fresh")
             with reading(path):
@@ -1650,9 +1650,10 @@ def unpack(x, data):
 
 
 def change(c, settings):
-    """The first setting that a checkpoint was made with another value of, as text; "" if there is none."""
-    return next((f"{k} {c['settings'].get(k)}, now {k} is {v}" for k, v in settings.items()
-                 if c["settings"].get(k) != v), "")
+    """The first setting that a checkpoint was made with another value of, as text; "" if there is none. One
+    that is younger than the checkpoint had its default."""
+    made = {**asdict(Config()), **c["settings"]}
+    return next((f"{k} {made[k]}, now {k} is {v}" for k, v in settings.items() if made[k] != v), "")
 
 
 # ------------------------------------------------------------------------------------------------------------

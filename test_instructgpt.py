@@ -2550,6 +2550,18 @@ def one_line(done, *told, code=2):
     assert all(x in done.stderr for x in told), done.stderr
 
 
+def test_checkpoints_older_than_a_setting_are_taken_as_made_with_its_default(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    c = ig.load(str(out / "sft.pt"))
+    del c["settings"]["init"], c["settings"]["encoding"]
+    torch.save(c, out / "sft.pt")
+    log = (out / "log.jsonl").read_bytes()
+    assert command("sft", *TINY, "--out", out).returncode == 0 and (out / "log.jsonl").read_bytes() == log
+    done = command("sft", *TINY, "--out", out, "--encoding", os.path.join(DATA, "vocab.tiktoken"))
+    one_line(done, "sft.pt was made with encoding , now encoding is ")
+
+
 def test_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, tmp_path):
     resource = pytest.importorskip("resource")
     out = tmp_path / "out"
@@ -2916,7 +2928,7 @@ def test_damaged_weights_are_one_line_and_never_executed(tmp_path, monkeypatch):
     good, n = write_weights(path, published()).read_bytes(), lambda n: n.to_bytes(8, "little")
     size = int.from_bytes(good[:8], "little")
     broken = {"absurd": n(2 ** 64 - 1) + good[8:], "too long": n(len(good)) + good[8:], "empty": b"",
-              "none": n(0) + good[8:], "short": n(9) + good[8:], "text": b"hello, world", "list": n(2) + b"[]",
+              "none": n(0) + good[8:], "short": n(9) + good[8:], "text": b"hello, you", "list": n(2) + b"[]",
               "JSON": n(size) + good[8:].replace(b":", b";", 1), "not UTF-8": n(2) + b"\xff{",
               "number": n(1) + b"7", "no fields": n(9) + b'{"a": {}}', "deep": n(10 ** 5) + b"[" * 10 ** 5,
               "pickle": pickle.dumps(Evil()), **{k: good[:k] for k in (1, 7, 8, 9, 500, size, size + 7)}}
