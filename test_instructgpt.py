@@ -3158,6 +3158,10 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def nobody():
+    yield                                        # presses Ctrl-D at once
+
+
 def as_shown(c):
     return [ig.on_a_line(*x) for x in zip(c["responses"], c["ended"])]
 
@@ -3216,7 +3220,7 @@ def test_section_34_label_writes_each_ranking_at_once_undoes_and_skips(desk, set
     assert c == told["first"] and ranks.tolist() == [c["ranks"]] and ig.reward_loss(scores, ranks) > 0
 
 
-def test_section_34_label_goes_on_with_the_next_prompt_and_undoes_over_sessions(desk):
+def test_section_34_label_goes_on_with_the_next_prompt_and_undoes_over_sessions(desk, sets):
     out, sit = desk
     path, shown = out / "labels.jsonl", []
 
@@ -3234,6 +3238,17 @@ def test_section_34_label_goes_on_with_the_next_prompt_and_undoes_over_sessions(
     code, said, error = sit("label", two)
     assert code == 0 and said.startswith("\n1 rankings in ") and not error
     assert [c["prompt"] for c in lines_of(path)] == [shown[0][1]]
+
+    def three():
+        yield
+        assert question_on((yield "u"))[0] == 1
+    assert sit("label", three)[0] == 0 and lines_of(path) == []
+    code, said, error = sit("label", nobody)     # its file is empty now, which is no mistake
+    assert (code, error) == (0, "") and "0 rankings" in said
+    lines = [json.dumps({**ranked(1, 2, 2), "prompt": p["prompt"]}) + "\n" for p in sets["rm_train"]]
+    path.write_text("".join(lines))
+    code, said, error = sit("label", nobody)     # and now nothing is left to rank
+    assert (code, error) == (0, "") and said.startswith(f"{ig.USAGE}\n{len(sets['rm_train'])} rankings")
 
 
 def test_section_34_label_shows_samples_of_the_sft_model_each_text_once(desk, sets, enc, monkeypatch):
@@ -3253,6 +3268,7 @@ def test_section_34_label_shows_samples_of_the_sft_model_each_text_once(desk, se
         assert all(len(texts) > 1 for texts in want)
         for row, texts in zip(sets["rm_train"], want):
             assert question_on(screen)[1:] == (row["prompt"], texts)
+            assert row["prompt"].replace("\n", "\n    ") in screen
             if row is sets["rm_train"][2]:
                 monkeypatch.setattr(ig, "respond", lambda *_: next(again))
             screen = yield "s"
@@ -3310,6 +3326,9 @@ def test_section_34_agreement_counts_the_pairs_in_which_you_have_a_preference(se
         ranks = tw.rank(rng.choice(people), [tw.check(p["task"], t) for t in texts], texts, rng)
         mine.append({"prompt": p["prompt"], "responses": texts, "ended": [True] * 4, "ranks": ranks})
     assert 0.6 < ig.mean(ig.agreement(tw, tasks, mine, rng)) < 0.9
+    World.make_labelers, World.rank = lambda group: [0, 1], lambda one, merits, texts, rng: [1 + one, 2 - one]
+    pair = {"prompt": "p", "responses": ["a", "b"], "ended": [True] * 2, "ranks": [1, 2]}
+    assert set(ig.agreement(World, {"p": {}}, 20 * [pair], random.Random(0))) == {0.0, 1.0}    # one a ranking
 
 
 def test_label_and_chat_stop_at_ctrl_c_with_130(desk):
@@ -3360,9 +3379,13 @@ def test_chat_answers_side_by_side_with_reward_and_kl(desk, enc, monkeypatch):
     out, sit = desk
     run = ig.Run(ig.parse([*MINI, str(out)])[1], None, False)
     questions = ["What is a bat?", "I lost my map.", "Repeat: " + ig.EOT, "List two fruits.", "x" * 46]
-    seen, real = [], ig.respond
-    monkeypatch.setattr(ig, "respond", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
-    stars = 0
+    seen, real, stars = [], ig.respond, 0
+
+    def watched(*a, one_line):
+        assert one_line == (len(seen) == 0)      # GPT's answer alone, the first, is cut at a newline
+        seen.append(real(*a, one_line=one_line))
+        return seen[-1]
+    monkeypatch.setattr(ig, "respond", watched)
 
     def turns():
         nonlocal stars
@@ -3385,9 +3408,9 @@ def test_chat_answers_side_by_side_with_reward_and_kl(desk, enc, monkeypatch):
                 stars += not r["ended"]
                 assert abs(kl - slow_kl(model, run.model("sft"), ids, r["ids"])) < 0.006
             assert table["SFT"][1] == 0 and table["GPT"][1] > 0
-        for wrong, told in (("", "this one 0"), ("x" * 47, "this one 47"), ("a " * 10 ** 6, "1 to 46 token")):
+        for wrong, n in (("", 0), ("x" * 47, 47), ("x" * 2 * ig.LONGEST, ig.LONGEST)):
             screen = yield wrong
-            assert told in screen and screen.count("\n") == 2          # the piped line itself, one line
+            assert screen.count("\n") == 2 and f"\na question has 1 to 46 tokens, this one {n}\n" in screen
     code, said, error = sit("chat", turns)
     assert (code, said, error) == (0, "\n", "") and 0 < stars < 20
 
@@ -3401,7 +3424,6 @@ def test_chat_wants_models_that_are_there(desk):
         assert [row.split()[0] for row in table] == ["PPO-ptx", "GPT"]
     assert sit("chat", turns, "--models", "PPO-ptx", "GPT")[0] == 0
 
-    nobody = lambda: iter([None])
     for words, told in ((["PPO", "Claude"], ["Claude", *ig.MODELS]), ([], ["--models: expected at least"])):
         code, _, error = sit("chat", nobody, "--models", *words)
         assert code == 2 and error.count("\n") == 1 and all(x in error for x in told)
@@ -3414,9 +3436,11 @@ def test_chat_wants_models_that_are_there(desk):
         yield
         assert [row.split()[0] for row in (yield "moo").splitlines()[-4:-1]] == ["GPT", "SFT", "PPO-ptx"]
     assert sit("chat", three)[0] == 0
-    os.remove(out / "rm.pt")
-    code, _, error = sit("chat", nobody, "--models", "SFT")
-    assert code == 2 and error.count("\n") == 1 and "rm.pt is missing: python instructgpt.py rm" in error
+    for name in ("rm", "sft"):
+        os.remove(out / f"{name}.pt")
+        code, _, error = sit("chat", nobody, "--models", "GPT")
+        assert code == 2 and error.count("\n") == 1
+        assert f"{name}.pt is missing: python instructgpt.py {name} makes it" in error
     assert not (out / "rm.part").exists() and not (out / "ppo.pt").exists()
 
 
@@ -3489,7 +3513,7 @@ def test_section_34_label_in_a_terminal_killed_resumed_and_interrupted(smoke, tm
     assert question_on(terminal.until("ranking: "))[0] == 2
     terminal.type("1 >\x03")                                           # Ctrl-C
     said, code = terminal.end()
-    assert code == 130 and "stopped; " in said and "Traceback" not in said
+    assert code == 130 and "\nstopped; " in said and "Traceback" not in said
     assert lines_of(out / "labels.jsonl") == [first]
 
 
@@ -3497,7 +3521,9 @@ def test_chat_in_a_terminal_with_arrow_keys(smoke):
     terminal = Terminal("chat", *MINI, smoke[0], "--models", "SFT")
     terminal.until("> ")
     terminal.type("I lost my map.\n")
-    table = table_on(terminal.until("\n> "))
+    screen = terminal.until("\n> ")
+    table = table_on(screen)
+    assert screen.split("\n")[0] == "I lost my map." and "\nI lost" not in screen
     terminal.type("moo\n")
     assert table_on(terminal.until("\n> ")) != table
     terminal.type("\x1b[A\x1b[A\n")                                    # up, up, enter
