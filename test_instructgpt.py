@@ -1157,7 +1157,8 @@ def test_kto_kl0_is_the_mean_log_ratio_never_negative_and_without_gradient():
 
 COMPARED = [{"prompt": p, "responses": [f"a {w}." for w in words], "ranks": ranks,
              "ended": [True] * len(words)} for p, words, ranks in (
-                ("What is a cat?", ["cat", "dog", "hat"], [2, 1, 2]), ("What is a hen?", ["hen", "cow"], [1, 2]),
+                ("What is a cat?", ["cat", "dog", "hat"], [2, 1, 2]),
+                ("What is a hen?", ["hen", "cow"], [1, 2]),
                 ("What is a map?", ["map", "map", "key", "box"], [1, 1, 3, 2]),
                 ("What is a pen?", ["pen", "fox"], [1, 1]))]                       # the last has no pair
 
@@ -1248,7 +1249,7 @@ def test_best_of_n_kl_is_an_upper_bound_and_close_where_no_two_samples_are_alike
 
 
 def test_best_of_n_is_the_best_scored_of_the_first_n(enc):
-    """Against each response scored alone; with equal texts, unfinished ones, and different numbers of them."""
+    """Against each response scored alone; with equal texts, unfinished ones, and different numbers of them"""
     torch.manual_seed(0)
     model, cfg = ig.GPT(ig.GPTConfig(enc.n_vocab, 64, 1, 2, 16), "scalar"), ig.Config(unfinished_score=-0.2)
     rng, words = random.Random(0), ["sad.", "happy.", "I am sorry.", "no.", "The cow.", "", "a b c"]
@@ -2067,8 +2068,8 @@ def test_smoke_run_leaves_what_it_promises(smoke):
 
 
 def panels_of(svg):
-    """A picture -> {title: (its texts, the colours in it)}. It must be XML, small, of numbers; no text may touch
-    another (characters taken as 7 wide and 12 high) or leave its panel."""
+    """A picture -> {title: (its texts, the colours in it)}. It must be XML, small, of numbers; no text may
+    touch another (characters taken as 7 wide and 12 high) or leave its panel."""
     assert len(svg.encode()) < 40_000 and "nan" not in svg and "inf" not in svg
     out, root = {}, tree.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -2179,7 +2180,7 @@ def test_picture_survives_names_that_xml_cannot_hold(drawn):
 
 
 def test_picture_means_over_stretches_and_takes_roots(drawn):
-    """Twenty groups of three lines: in the root of KL their means lie on a straight line, equally far apart."""
+    """20 groups of three lines: in the root of KL their means lie on a straight line, equally far apart."""
     lines = [{"stage": "ppo", "step": i + 1, "k1": (i // 3) ** 2 - 1e-9 * (i == 1),
               "score": i // 3 + (i % 3 - 1) * (-1) ** (i // 3)} for i in range(60)]
     root = tree.fromstring(ig.picture(drawn[0], lines, {}))
@@ -2290,8 +2291,9 @@ def test_data_card_counts_are_the_files(sets):
 # ------------------------------------------------------------------------------------------------------------
 # A user's own data, preferences, methods and rivals
 
-FAST = ("--device cpu --n_layer 1 --n_head 2 --n_embd 16 --pretrain_steps 20 --pretrain_batch 4 --sft_epochs 1 "
-        "--rm_prompts 30 --iterations 2 --episodes 16 --minibatches 2 --test_prompts 12 --judges 1").split()
+FAST = ("--device cpu --n_layer 1 --n_head 2 --n_embd 16 --pretrain_steps 20 --pretrain_batch 4 "
+        "--sft_epochs 1 --rm_prompts 30 --iterations 2 --episodes 16 --minibatches 2 --test_prompts 12 "
+        "--judges 1").split()
 
 
 def write_rows(path, rows):
@@ -2322,7 +2324,8 @@ def test_own_data_train_and_are_judged_by_a_second_reward_model(own, tmp_path, c
     out = tmp_path / "out"
     assert ig.main([*FAST, "--data", str(own), "--out", str(out), "--methods", "dpo", "best_of_n"]) == 0
     text, r = capsys.readouterr().out, json.loads((out / "results.json").read_text())
-    assert "a second reward model, trained on the held-out comparisons" in text and not list(out.glob("*.part"))
+    assert "a second reward model, trained on the held-out comparisons" in text
+    assert not list(out.glob("*.part"))
     assert list(r["models"]) == ["GPT", "SFT", "PPO", "PPO-ptx", "DPO", "best of 9"]
     assert r["models"]["SFT"]["win_vs_sft"] == 0.5 and set(r["reward_model"]) >= {"accuracy"}
     assert all("gold" not in m and m["pretrain_loss"] > 0 and 0 <= m["win_vs_sft"] <= 1
@@ -2342,7 +2345,8 @@ def test_held_out_comparisons_share_no_prompt_with_the_training_ones(own, tmp_pa
 def test_own_split_of_comparisons_is_kept(own, tmp_path):
     path = tmp_path / "c.jsonl"
     write_rows(path, [{**c, "split": "valid" if i < 3 else "train"} for i, c in enumerate(COMPARED)])
-    run = ig.Run(ig.Config(data=str(own), comparisons=str(path), out=str(tmp_path), device="cpu"), None, False)
+    cfg = ig.Config(data=str(own), comparisons=str(path), out=str(tmp_path), device="cpu")
+    run = ig.Run(cfg, None, False)
     assert [c["prompt"] for c in run.comparisons("valid")] == [c["prompt"] for c in COMPARED[:3]]
 
 
@@ -2401,8 +2405,8 @@ def test_methods_stand_in_the_table_beside_a_rival(smoke, tmp_path, capsys):
     words += ["evaluate", "--test_prompts", "30", "--out", str(out)]
     assert ig.main([*words, "--methods", "reinforce", "dpo", "kto", "best_of_n", "--rival", str(rival)]) == 0
     text, r = capsys.readouterr().out, json.loads((out / "results.json").read_text())["models"]
-    assert list(r) == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx", "REINFORCE", "DPO", "KTO", "best of 9",
-                       "rival GPT"]
+    assert list(r) == ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx", "REINFORCE", "DPO", "KTO",
+                       "best of 9", "rival GPT"]
     table = text[text.index("preferred"):]
     assert all(name in table for name in r) and "rival" in table.splitlines()[1]
     assert r["rival GPT"]["parameters"] > 1.5 * r["PPO-ptx"]["parameters"]
