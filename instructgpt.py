@@ -25,7 +25,7 @@ Read it beside the paper, top to bottom; you can stop after each section:
     Step 1                supervised fine-tuning on demonstrations                                C.1, C.3
     Step 2                comparisons and the reward model                                        C.2
     Step 3                PPO and PPO-ptx, Eq. 2                                                  C.4
-    Neighbours            DPO and KTO on one screen
+    Neighbours            REINFORCE, DPO, KTO, best of n on the same data
     Evaluation            preference, truth, manners, bias, the alignment tax; table, picture     4
     On a GPU              the sampler's step as a CUDA graph, bfloat16
     Command line          log, readers of data, checkpoints
@@ -46,9 +46,10 @@ What differs from the paper, and why
   * A minibatch carries as many pretraining rows as episodes; in the paper eight times as many.
 What the paper does not say, and what we do: GAE with lambda 0.95, the value's move clipped at 0.2 and
 whitened advantages (Ziegler et al. 2019, Stiennon et al. 2020); token losses are means over response
-tokens; the prompt is masked in the SFT loss; the reward is read at the end-of-text token and a response
-that does not end scores -1; gradients are clipped at norm 1; no dropout in RL; the EMA moves at each
-optimizer step, the raw weights sample; in the evaluation GPT's answers, which run on, are cut at a newline.
+tokens; the prompt is masked in the SFT loss, in which mixed-in rows weigh a tenth; the reward is read at
+the end-of-text token and a response that does not end scores -1; gradients are clipped at norm 1; no
+dropout in RL; the EMA moves at each optimizer step, the raw weights sample; in the evaluation GPT's
+answers, which run on, are cut at a newline.
 Left out: FLAN and T0 baselines, the sweeps of appendix E, a second round of comparisons on the PPO policy.
 """
 import argparse                                  # the command line
@@ -643,7 +644,7 @@ def sft(cfg, enc, gpt, demos, corpus, device, log):
     """demos: list of (prompt ids, response ids). The SFT model: baseline, start of RL and KL reference."""
     generator = seed(cfg, "sft")
     model = copy_of(gpt, dropout=cfg.sft_dropout).train()
-    mixed = round(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))     # pretraining rows a step
+    mixed = math.ceil(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))         # pretraining rows a step
     lengths, optimizer = [len(x) + len(y) for x, y in demos], adamw(model, cfg.sft_lr)
     plan = epochs(lengths, cfg.sft_batch, cfg.sft_epochs, generator)
     for step in log.steps("sft", len(plan), model=model, optimizer=optimizer, generator=generator):
@@ -839,7 +840,7 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
 def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, log, estimate=gae):
     """RL from the SFT model against the reward model. prompts: list of {"ids", "task"} (the task is for the
     log alone); estimate: where advantages come from. Returns the EMA of the policy."""
-    name = "reinforce" if estimate is not gae else "ppo_ptx" if ptx_coef else "ppo"
+    name = estimate.__name__ if estimate is not gae else "ppo_ptx" if ptx_coef else "ppo"
     generator, draw = seed(cfg, name), seed(cfg, name + " rollout", device)
     reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
     value_net = copy_of(freeze(reward_model))              # starts as the reward model (3.5)
@@ -862,9 +863,9 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Neighbours (--methods): not in the paper, on the same data and with the same beta, since all of them aim at
-# Eq. 2 without its mix: a high reward near the SFT model. REINFORCE stands in PPO's loop. DPO and KTO need
-# neither a reward model nor a rollout: they learn from the comparisons, on answers the SFT model once gave.
+# Neighbours (--methods): not in the paper, on the same data, with the same beta. REINFORCE stands in the loop
+# of PPO-ptx, its mix included. DPO and KTO need neither a reward model nor a rollout: they learn from the
+# comparisons. Best of n trains nothing: of n answers it gives the one that the reward model likes best.
 
 
 def reinforce(rewards, values, mask, *_):
@@ -873,26 +874,34 @@ def reinforce(rewards, values, mask, *_):
 
         A_t = R - mean R,   R = sum of the episode's rewards = score - beta * log( pi(y|x) / pi_SFT(y|x) )
 
-    All are (B,T-1)."""
+    All are (B,T-1). The loop whitens advantages and clips ratios as it does for PPO."""
     total = clear(mask, rewards)[0].sum(1, keepdim=True)                        # (B,1)
     return clear(mask, (total - total.mean()).expand(mask.shape), total.expand(mask.shape))
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
-    """DPO (Rafailov et al. 2023): Eq. 1 where the reward is the policy's own beta * log pi/pi_ref. Log-probs
-    are sums over the response tokens, (B,) each -> scalar; log 2 where the policy is the reference."""
+    """DPO (Rafailov et al. 2023). The optimum of Eq. 2 without its mix is pi = pi_ref * exp(r / beta) / Z(x), so
+    r = beta * log pi/pi_ref + beta * log Z(x). In Eq. 1 the Z cancels: the policy is its own reward model.
+
+        loss = - mean log sigma( beta * [ log pi/pi_ref (y_w|x) - log pi/pi_ref (y_l|x) ] )
+
+    Log-probs are sums over the response, (B,) each -> scalar; log 2 where the policy is the reference."""
     return -F.logsigmoid(beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))).mean()
 
 
 def kto_kl0(logp, ref_logp):
-    """KTO's kl0, its estimate of KL(pi || pi_ref): the mean log-ratio of mismatched pairs, a prompt with the
-    response to another one; never below 0 and without gradient. Sums, (B,) each -> scalar."""
+    """KTO's reference point, an estimate of KL(pi || pi_ref): the mean log-ratio of mismatched pairs, a
+    prompt with the response to another one; never below 0, without gradient. Sums, (B,) each -> scalar."""
     return (logp - ref_logp).mean().clamp(min=0).detach()
 
 
 def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
-    """KTO (Ethayarajh et al. 2024, the latest version: beta outside of kl0). Unpaired answers, desirable (B,)
-    bool; kl0: the batch's estimate of KL(pi || pi_ref) from mismatched pairs, >= 0, without gradient.
+    """KTO (Ethayarajh et al. 2024, the latest version: beta stands outside of kl0) on answers without a
+    partner, desirable (B,) bool or not: a gain or a loss against the reference point kl0.
+
+        loss = mean of  lambda_d * sigma( -beta (log pi/pi_ref - kl0) )  if desirable,
+                        lambda_u * sigma( +beta (log pi/pi_ref - kl0) )  if not
+
     Log-probs are sums, (B,) -> scalar; half of lambda where the policy is the reference."""
     margin = beta * (logp - ref_logp - kl0)                                     # (B,)
     return torch.where(desirable, lambda_d * torch.sigmoid(-margin), lambda_u * torch.sigmoid(margin)).mean()
@@ -904,40 +913,45 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n
 
 
+def response_logprobs(policy, reference, rows, device):
+    """log pi(y|x) and log pi_ref(y|x) of N rows (prompt ids, response ids, ...): (N,) each."""
+    tokens, mask, _ = stack(*list(zip(*rows))[:2], device)                      # (N,T), (N,T-1)
+    with torch.no_grad():
+        ref = token_logprobs(reference, tokens, 1.0, mask).sum(1)               # (N,)
+    return token_logprobs(policy, tokens, 1.0, mask).sum(1), ref
+
+
+def preference_loss(method, policy, reference, batch, beta, kl0, device):
+    """DPO's loss over all pairs of each prompt of encoded comparisons, or KTO's over all answers; there an
+    answer is desirable if it ranks above its prompt's mean."""
+    rows = [(x, y, r, i) for i, (x, ys, ranks) in enumerate(batch) for y, r in zip(ys, ranks) if r]
+    logp, ref = response_logprobs(policy, reference, rows, device)              # (N,), (N,)
+    ranks, at = torch.tensor([row[2:] for row in rows], device=device).T        # (N,), (N,)
+    same = at[:, None] == at                                                    # (N,N) of one prompt
+    if method == "dpo":
+        w, l = (same & (ranks[:, None] < ranks)).nonzero(as_tuple=True)         # (pairs,), (pairs,)
+        return dpo_loss(logp[w], logp[l], ref[w], ref[l], beta)
+    return kto_loss(logp, ref, ranks < (same * ranks).sum(1) / same.sum(1), kl0, beta)
+
+
 def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
-    """DPO or KTO: the SFT model after one pass over the comparisons. DPO takes all pairs of a prompt; to KTO
-    an answer is desirable if it ranks above its prompt's mean."""
+    """The SFT model after one pass over the comparisons with DPO or KTO, at PPO's beta and learning rate."""
     generator, policy, reference = seed(cfg, method), copy_of(model), freeze(model)
     data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
     plan = epochs([len(x) for x, _, _ in data], cfg.rm_batch, 1, generator)
     optimizer = adamw(policy, cfg.policy_lr)
-
-    def loss(batch):
-        rows = [(i, r, x, y) for i, (x, ys, ranks) in enumerate(batch) for y, r in zip(ys, ranks) if r]
-        at, ranks, prompts, responses = zip(*rows)                              # N of each
-        at, ranks = torch.tensor([at, ranks], device=device)                    # (N,), (N,)
-        same = at[:, None] == at                                                # (N,N) of one prompt
-
-        def sums(responses):                               # log pi(y|x) and log pi_ref(y|x), (N,) each
-            tokens, mask, _ = stack(prompts, responses, device)                 # (N,T), (N,T-1)
-            with torch.no_grad():
-                ref = token_logprobs(reference, tokens, 1.0, mask).sum(1)       # (N,)
-            return token_logprobs(policy, tokens, 1.0, mask).sum(1), ref
-
-        logp, ref = sums(responses)
-        if method == "dpo":
-            w, l = (same & (ranks[:, None] < ranks)).nonzero(as_tuple=True)     # (pairs,), (pairs,)
-            return dpo_loss(logp[w], logp[l], ref[w], ref[l], cfg.beta)
-        with torch.no_grad():
-            K = int(same.sum(1).max())                     # that far on, the response is another prompt's
-            kl0 = kto_kl0(*sums(responses[K:] + responses[:K]))
-        return kto_loss(logp, ref, ranks < (same * ranks).sum(1) / same.sum(1), kl0, cfg.beta)
-
     size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, as for the reward model
     for step in log.steps(method, len(plan), model=policy, optimizer=optimizer):
-        batch = [data[i] for i in plan[step]]
-        mean_loss = accumulate(lambda i: loss(batch[i]), torch.ones(len(batch)), size)
+        batch, kl0 = [data[i] for i in plan[step]], None
+        if method == "kto":                                # each prompt with the next one's responses
+            other = [(x, y) for (x, _, _), (_, ys, _) in zip(batch, batch[1:] + batch[:1]) for y in ys]
+            with torch.no_grad():
+                kl0 = kto_kl0(*response_logprobs(policy, reference, other, device))
+        loss = lambda i: preference_loss(method, policy, reference, batch[i], cfg.beta, kl0, device)
+        terms = [sum(r < q for r in ranks for q in ranks if r) if method == "dpo" else sum(r > 0 for r in ranks)
+                 for _, _, ranks in batch]                 # what a prompt counts in the loss: its pairs or rows
+        mean_loss = accumulate(loss, torch.tensor(terms), size)
         clip_and_step(policy, optimizer, cfg.policy_lr * cosine(step, len(plan)))
         log(method, step + 1, len(plan), loss=mean_loss.item())
     return freeze(policy)
@@ -945,6 +959,10 @@ def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation (section 4). Every model answers the same prompts with the same random numbers. Shares are 0..1.
+
+# name in the results -> checkpoint
+MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx", "REINFORCE": "reinforce",
+          "DPO": "dpo", "KTO": "kto"}
 
 
 def mean(x):
@@ -956,7 +974,8 @@ def mean(x):
 def judge_reward_model(cfg, enc, reward_model, comparisons, device):
     """On held-out comparisons, over pairs of unequal text: accuracy against labeler A where A has a
     preference; agreement of a second labeler on the same pairs, a tie counts half; accuracy against
-    gold where gold differs. Best of n: of the first n responses the one with the highest score."""
+    gold where gold differs. Best of n, in the toy world: of the first n responses, where there are as
+    many, the one with the highest score."""
     hits, agree, true, best = [], [], {}, {}
     for part in (comparisons[s:s + 32] for s in range(0, len(comparisons), 32)):
         encoded = [encode_comparison(enc, c, cfg.max_new_tokens) for c in part]
@@ -978,9 +997,9 @@ def judge_reward_model(cfg, enc, reward_model, comparisons, device):
                     true.setdefault(c["use_case"], []).append(above == (g[i] > g[j]))
     known = {"agreement": mean(agree), "gold_accuracy": mean(sum(true.values(), [])),
              "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())}}
-    return {"accuracy": mean(hits), **(known if true else {}), "best_of_n": {
-        n: {"reward": mean([x for x, _ in v]), "kl": best_of_n_kl(n),
-            **({"gold": mean([y for _, y in v])} if true else {})} for n, v in sorted(best.items())}}
+    known["best_of_n"] = {n: {"reward": mean([x for x, _ in v]), "gold": mean([y for _, y in v]),
+                              "kl": best_of_n_kl(n)} for n, v in sorted(best.items())}
+    return {"accuracy": mean(hits), **(known if true else {})}
 
 
 def preference(world, group, tasks, mine, theirs, judges, rng):
@@ -1145,6 +1164,7 @@ def table(results):
         cells = [f"{value[k]:.2f}" + (f" ±{r['ci95'][k]:.2f}" if k.startswith("win") else "") for k in keys]
         if "pretrain_loss" in keys:                        # the alignment tax: the rise over GPT
             cells[keys.index("pretrain_loss")] = f"{r['pretrain_loss'] - base:+.3f}"
+        cells[-1] = "≤ " * name.startswith("best of") + cells[-1]               # its KL is a bound
         lines.append(f"{name:15}" + "".join(f"{c:>{width(k)}}" for k, c in zip(keys, cells)))
     return "\n".join(lines)
 
@@ -1174,10 +1194,10 @@ INKS = "9aa0a8 5b6470 e69f00 d55e00 0072b2 009e73 000000 cc79a7 56b4e9 8c510a 99
 KNOWN = ["GPT", "GPT (prompted)", "SFT", "PPO", "PPO-ptx", "best of 9", "RM", "DPO", "KTO"]
 
 
-def text(x, y, words, anchor="middle", most=48):
+def words(x, y, what, anchor="middle", most=48):
     """Words at a place. Some come from a user's files: what XML cannot hold goes, and all after `most`."""
-    words = escape("".join(c for c in words if c.isprintable())[:most])
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{words}</text>'
+    what = escape("".join(c for c in what if c.isprintable())[:most])
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{what}</text>'
 
 
 def axis(numbers, begin, length, reads=float):
@@ -1188,8 +1208,8 @@ def axis(numbers, begin, length, reads=float):
     at = lambda v: begin + length * ((v - low) / (high - low) if room else 0.5)
     step = next(m * 10.0 ** k for k in range(-9, 99) for m in (1, 2, 5) if high - low <= 4.5 * m * 10.0 ** k)
     ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    draw = (lambda p, s: f'M42 {p:.1f}H222"/>' + text(36, p + 4, s, "end")) if length < 0 else (
-        lambda p, s: f'M{p:.1f} 40V240"/>' + text(p, 256, s))
+    draw = (lambda p, s: f'M42 {p:.1f}H222"/>' + words(36, p + 4, s, "end")) if length < 0 else (
+        lambda p, s: f'M{p:.1f} 40V240"/>' + words(p, 256, s))
     return at, ['<path stroke="#ddd" d="' + draw(at(t), f"{reads(t):.3g}") for t in ticks]
 
 
@@ -1201,7 +1221,7 @@ def bars(values, inks, start=0.0):
         y = 40 + wide * (i + 0.5) / 0.72
         svg += [f'<path d="{zero} {y:.1f}H{at(v):.1f}" stroke="#{inks[name]}" stroke-width="{wide:.0f}"/>',
                 f'<path d="{zero} 40V240M{at(v - e):.1f} {y:.1f}H{at(v + e):.1f}" stroke="black"/>',
-                text(110, y + 4, name, "end", 16), text(312, y + 4, f"{v:.2f}", "end")]
+                words(110, y + 4, name, "end", 16), words(312, y + 4, f"{v:.2f}", "end")]
     return svg
 
 
@@ -1216,14 +1236,15 @@ def curves(series, inks, reads_x=float, reads_y=float):
         svg += [f'<g stroke="#{inks[name]}" fill="none" stroke-linecap="round" stroke-width="1.5">',
                 f'<path d="M{"L".join(dots)}"/>',
                 *(f'<path d="M{dot}h.01" stroke-width="{w:.1f}"/>' for dot, w in zip(dots + mark, wide)),
-                "</g>", text(240, label + 4, name, "start", 11)]
+                "</g>", words(240, label + 4, name, "start", 11)]
     return up + svg
 
 
 def picture(results, history, best_of_n):
     """results.json's models and best_of_n, the log's lines -> SVG: the first six panels that have numbers.
-    What RL trained is a curve in KL, as best of n is; any other model is a dot. KL is k1, as the log's k3
-    is five times as noisy, on a root axis, along which reward rises about linearly (Bai et al. 2022)."""
+    What RL trained is a curve in KL, as best of n is (its bound); any other model is a dot (k3). The curves'
+    KL is k1, as the log's k3 is five times as noisy; the axis is a root's, along which reward rises about
+    linearly (Bai et al. 2022)."""
     runs, label = {h["stage"] for h in history if "k1" in h}, {s: k for k, s in MODELS.items()} | {"rm": "RM"}
     dots = [(f"best of {len(best_of_n)}", b) for b in best_of_n.values()]
     dots += [(k, r) for k, r in results.items() if k in MODELS and k != "GPT" and MODELS[k] not in runs]
@@ -1245,7 +1266,7 @@ def picture(results, history, best_of_n):
            if "GPT" not in k and "pretrain_loss" in r}
     old, new = (results[k].get("gold_by_use_case", {}) for k in ("SFT", chosen))
     gain = {k: (new[k] - old[k], 0) for k in sorted(new, key=lambda k: old[k] - new[k])[:10]}
-    kl = "KL (k1) to SFT, nats a response, root axis"
+    kl = "KL to SFT, nats a response, root axis"
     root, square = lambda x, y: (max(x, 0) ** 0.5, y), lambda t: t * t
     panels = [("Preferred to SFT", "share of comparisons, 95 % intervals", wins, bars, inks, 0.5),
               ("Alignment tax", "rise of the pretraining loss, nats a token", tax, bars, inks),
@@ -1257,7 +1278,7 @@ def picture(results, history, best_of_n):
     svg = []
     for i, (title, below, values, draw, *how) in enumerate([panel for panel in panels if panel[2]][:6]):
         svg += [f'<g transform="translate({i % 3 * 320} {i // 3 * 300 + 8})"><g font-weight="bold">',
-                text(160, 22, title), "</g>", text(160, 277, below), *draw(values, *how), "</g>"]
+                words(160, 22, title), "</g>", words(160, 277, below), *draw(values, *how), "</g>"]
     return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13" '
                       f'viewBox="0 0 960 {i // 3 * 300 + 308}"><path d="M0 0h960v999H0" fill="white"/>',
                       *svg, "</svg>\n"])
@@ -1381,7 +1402,8 @@ class Log:
         if now - self.shown > 5 or step == steps:
             self.shown, left = now, (now - self.start) / (step - self.first) * (steps - step)
             text = "  ".join(f"{k} {v:{'6.3f' if abs(v) < 100 else '6.0f'}}" for k, v in numbers.items())
-            print(f"{stage:8} {step:5}/{steps}  {text}  left {left // 60:.0f}:{left % 60:02.0f}", flush=True)
+            text += f"  left {left // 60:.0f}:{left % 60:02.0f}" if now > self.start else ""
+            print(f"{stage:8} {step:5}/{steps}  {text}", flush=True)
 
     def episodes(self, cfg, name, iteration, e, tasks, numbers):
         """The line of one PPO iteration, and at the first one the checks and the ledger. Gold is known in the
@@ -1433,11 +1455,9 @@ class Log:
 
 FORMAT = 1                                       # of the checkpoints
 STAGES = ["pretrain", "sft", "rm", "ppo", "evaluate"]
-# checkpoint -> stage; name in the results -> checkpoint
+# checkpoint -> stage
 STAGE_OF = {"pretrain": "pretrain", "sft": "sft", "rm": "rm",
             **dict.fromkeys(("ppo", "ppo_ptx", "reinforce", "dpo", "kto"), "ppo")}
-MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx", "REINFORCE": "reinforce",
-          "DPO": "dpo", "KTO": "kto"}
 
 
 LONGEST = 400_000                                # characters a line: a tokenizer fails at a million blanks
@@ -1492,11 +1512,14 @@ def find_encoding(name):
     if name not in tiktoken.list_encoding_names():
         return load_encoding(name)
     try:
-        return tiktoken.get_encoding(name)
+        enc = tiktoken.get_encoding(name)
     except Exception as e:                       # whatever the loader meets, mostly no network
         raise UserError(f"--encoding {name}: tiktoken cannot get its file ({type(e).__name__}); run this "
                         "where there is a network, with TIKTOKEN_CACHE_DIR=DIR set, and copy DIR; or name a "
                         "rank file") from e
+    if len(enc.token_byte_values()) + len(enc.special_tokens_set) != enc.n_vocab:
+        raise UserError(f"--encoding {name}: has ids without a token, which a model could sample; take gpt2")
+    return enc
 
 
 def load_corpus(path, enc, length):
@@ -1554,6 +1577,9 @@ def comparison(row):
         raise ValueError(f"{len(texts)} responses and {len(ranks)} ranks must be equally many, at least 2")
     if not 1 <= min(ranks) <= max(ranks) <= 1000 or typed and len({*texts}) < len({*zip(texts, ranks)}):
         raise ValueError("ranks must lie in 1 to 1000 and be equal for equal responses")
+    for name, kind in (("second_ranks", int), ("gold", float)):
+        if name in row and len(expect(row, {name: [kind]})[name]) != len(texts):
+            raise ValueError(f"{name} must be as many as the responses")
     return row
 
 
@@ -1898,9 +1924,14 @@ class Run:
         if not os.path.exists(self.given) or self.world and split == "valid":
             rows = read_jsonl(self.path("comparisons.jsonl"), comparison)
             return [c for c in rows if c.get("split") == split]
-        rows = self.rows(self.given, comparison)
-        held_out = set() if self.world else {*list(dict.fromkeys(c["prompt"] for c in rows))[3::4]}
-        rows = [c for c in rows if c.get("split", "valid" if c["prompt"] in held_out else "train") == split]
+        rows, most = self.rows(self.given, comparison), self.cfg.max_new_tokens
+        fit = [c for c in rows if max(len(encode_response(self.enc, y)) for y in c["responses"]) <= most]
+        if len(fit) < len(rows):
+            print(f"{self.given}: {len(rows) - len(fit)} of {len(rows)} comparisons hold a response of more "
+                  f"than {most} tokens and are left out; --max_new_tokens allows more")
+        held_out = set() if self.world else {*list(dict.fromkeys(c["prompt"] for c in fit))[3::4]}
+        rows = [{k: c[k] for k in ("prompt", "responses", "ranks", "ended")} for c in fit
+                if c.get("split", "valid" if c["prompt"] in held_out else "train") == split]
         if not any(len({*c["ranks"]}) > 1 for c in rows):
             raise UserError(f"{self.given}: holds no pair of different rank for the split {split}; "
                             "give more, of at least four prompts")
@@ -1965,7 +1996,7 @@ class Run:
         history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
         shown = samples(tests, answers)
         save(self.path("samples.txt"), shown.strip() + "\n")
-        save(self.path("picture.svg"), picture(results, history, rm["best_of_n"]))
+        save(self.path("picture.svg"), picture(results, history, rm.get("best_of_n", {})))
         save(self.path("results.json"), json.dumps({
             "config": {**asdict(cfg), **asdict(models["GPT"].config), "block_size": cfg.block_size},
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
