@@ -1739,8 +1739,9 @@ def from_gpt2(path):
     for name in there:                           # what may be left: the mask, and the head, which is tied
         tied = name == "lm_head.weight" and torch.equal(tensor(name, V, C).float(), model.wte.weight)
         if not tied and not name.endswith((".attn.bias", ".attn.masked_bias")):
-            raise UserError(f"{path}: {name!r} must not be there, or the head does not equal wte.weight; a "
-                            f"GPT-2 of {len(layers)} layers has no other tensors")
+            raise UserError(f"{path}: {name!r} must " + (
+                "equal wte.weight, for GPT-2's head is tied" if name == "lm_head.weight" else
+                f"not be there: a GPT-2 of {len(layers)} layers has no such tensor"))
     return model
 
 

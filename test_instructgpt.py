@@ -2875,11 +2875,11 @@ WRONG = {                                        # what is wrong -> weights, and
     "float64": lambda w: (w | {"ln_f.bias": w["ln_f.bias"].double()}, f"ln_f.bias {FLOAT}(128,), is ['F64']"),
     "int64": lambda w: (w | {"ln_f.bias": w["ln_f.bias"].long()}, f"ln_f.bias {FLOAT}(128,), is ['I64']"),
     "heads": lambda w: (published(width=96), "wte.weight must be a multiple of 64 wide, a head's width"),
-    "unexpected": lambda w: (w | {"h.0.attn.rotary": torch.zeros(2)}, "'h.0.attn.rotary' must not be there"),
+    "unexpected": lambda w: (w | {"h.0.attn.rotary": torch.zeros(2)}, "'h.0.attn.rotary' must not be there: "),
     "unexpected prefix": lambda w: (w | {"transformer.ln_f.bias": torch.zeros(128)},
                                     "'transformer.ln_f.bias' must not be there"),
     "untied head": lambda w: (w | {"lm_head.weight": w["wte.weight"] + 1e-3},
-                              "'lm_head.weight' must not be there, or the head does not equal wte.weight"),
+                              "'lm_head.weight' must equal wte.weight, for GPT-2's head is tied"),
     "head's shape": lambda w: (w | {"lm_head.weight": w["wte.weight"][1:]},
                                f"lm_head.weight {FLOAT}(40, 128), is ['float32', 39, 128]")}
 
@@ -2954,6 +2954,8 @@ def test_damaged_weights_are_one_line_and_never_executed(tmp_path, monkeypatch):
     for foreign in ({}, {1: 2}, {"wte.weight": "a\nb"}, {"format": 1, "weights": published()}):
         torch.save(foreign, state)
         assert refused_weights(state).startswith("wte.weight must be")
+    torch.save({"wte.weight": torch.zeros(40, 0), "wpe.weight": torch.zeros(64, 0)}, state)
+    assert refused_weights(state).startswith("wte.weight must be a multiple of 64 wide")
     assert not os.path.exists("executed")
     for name in ("nowhere", "nowhere.safetensors"):
         assert "No such file" in refused_weights(tmp_path / name)
