@@ -880,7 +880,7 @@ def reinforce(rewards, values, mask, *_):
 
 
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
-    """DPO (Rafailov et al. 2023). The optimum of Eq. 2 without its mix is pi = pi_ref * exp(r / beta) / Z(x), so
+    """DPO (Rafailov et al. 2023). The optimum of Eq. 2 without its mix is pi_ref * exp(r / beta) / Z(x), so
     r = beta * log pi/pi_ref + beta * log Z(x). In Eq. 1 the Z cancels: the policy is its own reward model.
 
         loss = - mean log sigma( beta * [ log pi/pi_ref (y_w|x) - log pi/pi_ref (y_l|x) ] )
@@ -949,9 +949,9 @@ def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
             with torch.no_grad():
                 kl0 = kto_kl0(*response_logprobs(policy, reference, other, device))
         loss = lambda i: preference_loss(method, policy, reference, batch[i], cfg.beta, kl0, device)
-        terms = [sum(r < q for r in ranks for q in ranks if r) if method == "dpo" else sum(r > 0 for r in ranks)
-                 for _, _, ranks in batch]                 # what a prompt counts in the loss: its pairs or rows
-        mean_loss = accumulate(loss, torch.tensor(terms), size)
+        kept = [[r for r in ranks if r] for _, _, ranks in batch]
+        terms = [sum(r < q for r in k for q in k) if method == "dpo" else len(k) for k in kept]
+        mean_loss = accumulate(loss, torch.tensor(terms), size)    # a prompt weighs as its pairs or rows
         clip_and_step(policy, optimizer, cfg.policy_lr * cosine(step, len(plan)))
         log(method, step + 1, len(plan), loss=mean_loss.item())
     return freeze(policy)
@@ -1907,9 +1907,6 @@ class Run:
     def collect(self, model):
         """The simulated labelers' comparisons: for the validation prompts, and for the training prompts, ten
         times as many, unless comparisons are given."""
-        if not self.world and not os.path.exists(self.given):
-            raise UserError(f"{self.data}: holds no comparisons.jsonl; add one, or name a file with "
-                            "--comparisons")
         rows = [{**p, "split": split} for split, n in (("train", self.cfg.rm_prompts),
                                                        ("valid", max(10, self.cfg.rm_prompts // 10)))
                 if self.world and not (split == "train" and os.path.exists(self.given))
@@ -1922,6 +1919,9 @@ class Run:
     def comparisons(self, split):
         """The comparisons of a split, "train" or "valid". Of given ones that do not say it, every fourth
         prompt is for validation, but in the toy world all are for training: there the labelers' validate."""
+        if not self.world and not os.path.exists(self.given):
+            raise UserError(f"{self.data}: holds no comparisons.jsonl; add one, or name a file with "
+                            "--comparisons")
         if not os.path.exists(self.given) or self.world and split == "valid":
             rows = read_jsonl(self.path("comparisons.jsonl"), comparison)
             return [c for c in rows if c.get("split") == split]
@@ -1938,43 +1938,58 @@ class Run:
                             "give more, of at least four prompts")
         return rows
 
-    def judge(self):
-        """The test prompts, and a function: answers to them, other answers -> how often the first are
-        preferred, prompt by prompt, 0 to 1. Simulated labelers judge or, without them, a second reward model
-        that learned from the held-out comparisons."""
-        cfg = self.cfg
+    def prepare(self, rival=None):
+        """Reads what evaluate will need: better to hear what is missing before the training than after it."""
+        cfg, enc = self.cfg, self.enc
         tests = self.rows("test.jsonl", prompt="text", **self.toy)[:cfg.test_prompts]
+        self.tests, self.probes, self.rival = tests, {}, None
         if self.world:
-            tasks, draw = [p["task"] for p in tests], lambda: random.Random(cfg.seed)
-            return tests, lambda *pair: preference(self.world, "train", tasks, *pair, cfg.judges, draw())
+            p = self.probes = read_jsonl(self.path("probes.json", self.data), **PROBES)[0]
+            texts = [p["respect"] + x["prompt"] for x in p["toxic"]]
+            texts += [x["prompt"] for x in p["truthful"] + p["unseen"]]
+            need = max(len(encode_prompt(enc, text)) for text in texts) + cfg.max_new_tokens
+            if need > cfg.block_size:
+                raise UserError(f"probes.json: needs a context of {need} tokens; give --block_size {need}")
+        else:
+            self.tests = [{"prompt": p["prompt"]} for p in tests]      # of further fields nothing is known
+            self.comparisons("train"), self.comparisons("valid")
+        if rival:
+            path = self.path("pretrain.pt", rival)
+            if not os.path.exists(path):
+                raise UserError(f"--rival {rival}: holds no pretrain.pt, as a run leaves it")
+            c, mine = load(path, self.device), self.settings("pretrain")
+            other = change(c, {k: mine[k] for k in ("data", "encoding")})
+            if other or c["config"]["block_size"] < cfg.block_size:
+                raise UserError(f"--rival {rival}: made with {other or 'a smaller --block_size'}")
+            self.rival = self.build(c, path)
+
+    def judge(self):
+        """A function: answers to the tests, other answers -> how often the first are preferred, prompt by
+        prompt, 0 to 1. Simulated labelers judge or, without them, a second reward model that learned from
+        the held-out comparisons."""
+        cfg = self.cfg
+        if self.world:
+            tasks, draw = [p["task"] for p in self.tests], lambda: random.Random(cfg.seed)
+            return lambda *pair: preference(self.world, "train", tasks, *pair, cfg.judges, draw())
         print("no simulated labelers: a second reward model, trained on the held-out comparisons, judges")
         sft_model, self.log.settings = self.model("sft"), self.settings("rm")
         judge = train_reward_model(cfg, self.enc, sft_model, self.comparisons("valid"), self.demos(),
                                    self.device, self.log, "judge")
         self.remove(["judge.part"])
-        prompts = [encode_prompt(self.enc, p["prompt"]) for p in tests]
+        prompts = [encode_prompt(self.enc, p["prompt"]) for p in self.tests]
         score = lambda mine: reward_and_kl(cfg, self.enc, judge, sft_model, prompts, mine, self.device)[0]
-        return tests, lambda mine, theirs: [0.5 if x == y else float(x > y)
-                                            for x, y in zip(score(mine), score(theirs))]
+        return lambda *pair: [0.5 if x == y else float(x > y) for x, y in zip(*map(score, pair))]
 
-    def rival(self, folder):
-        """The GPT of another run, on the same data and encoding."""
-        c = load(self.path("pretrain.pt", folder), self.device)
-        same = {k: v for k, v in self.settings("pretrain").items() if k in ("data", "encoding")}
-        if change(c, same) or c["config"]["block_size"] < self.cfg.block_size:
-            raise UserError(f"--rival {folder}: made with {change(c, same) or 'a smaller --block_size'}")
-        return self.build(c, self.path("pretrain.pt", folder))
-
-    def evaluate(self, methods=(), rival=None):
+    def evaluate(self, methods=()):
         """Writes results.json, samples.txt and picture.svg, prints samples and table."""
         cfg, begun, reward_model = self.cfg, time.time(), self.model("rm")
+        tests, probes = self.tests, self.probes
         there = [k for k, n in MODELS.items() if n in ("pretrain", "sft", *self.models) or self.finished(n)]
         models = {k: self.model(MODELS[k]) for k in there}
-        probes = read_jsonl(self.path("probes.json", self.data), **PROBES)[0] if self.world else {}
         models = ({"GPT": models.pop("GPT"), **({"GPT (prompted)": self.model("pretrain")} if probes else {})}
                   | models | ({f"best of {cfg.k_max}": self.model("sft")} if "best_of_n" in methods else {})
-                  | ({"rival GPT": self.rival(rival)} if rival else {}))
-        tests, judge = self.judge()
+                  | ({"rival GPT": self.rival} if self.rival else {}))
+        judge = self.judge()
         answers, sets = question(cfg, self.enc, models, reward_model, tests, probes, self.device)
         half = lambda v: 1.96 * math.sqrt(mean([(x - mean(v)) ** 2 for x in v]) / max(1, len(v)))
         results, valid = {}, "pretrain_valid.txt"
@@ -2191,9 +2206,10 @@ def parse(argv):
 def check(cfg):
     """UserError, by name and with the allowed range, for a setting that cannot work."""
     low = {f.name: int(type(f.default) is int) for f in fields(cfg) if type(f.default) is not str}
-    low |= {"seed": 0, "warmup": 0, "micro_batch": 0, "k_min": 2, "block_size": 48, "unfinished_score": -1e9}
+    low |= {"seed": 0, "warmup": 0, "micro_batch": 0, "k_min": 2, "k_max": max(2, cfg.k_min), "block_size": 48,
+            "unfinished_score": -1e9}
     high = {"seed": 2 ** 32, "lam": 1, "ema": 1, "sft_mix": 0.99, "sft_dropout": 0.99, "judges": 20,
-            "k_min": cfg.k_max, "minibatches": cfg.episodes, "max_new_tokens": cfg.block_size - 33}
+            "minibatches": cfg.episodes, "max_new_tokens": cfg.block_size - 33}
     positive = "pretrain_lr sft_lr rm_lr policy_lr value_lr cliprange value_clip temperature".split()
     for name, least in low.items():
         value, most = getattr(cfg, name), high.get(name, 10 ** 9)
@@ -2212,16 +2228,20 @@ def main(argv=None):
     run, before = None, signal.getsignal(signal.SIGINT)
     try:
         stage, cfg, source, fresh, given, a = parse(argv)
+        if hasattr(sys.stdout, "reconfigure"):   # what a terminal that is not UTF-8 cannot show becomes ?
+            sys.stdout.reconfigure(errors="replace")
         torch.set_flush_denormal(True)           # peaked softmaxes are full of denormals, slow on a CPU
         run = Run(cfg, source, fresh)
         signal.signal(signal.SIGINT, run.log.interrupt)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
         with precision(run.device, cfg.dtype):
+            if stage in ("all", "evaluate"):
+                run.prepare(a["rival"])
             names = {"ppo": both, "all": ["rm"] + both}.get(stage, [stage] * (stage in STAGE_OF))
             for name in names + [m for m in a["methods"] if m != "best_of_n"]:
                 run.model(name)
             if stage in ("all", "evaluate"):
-                run.evaluate(a["methods"], a["rival"])
+                run.evaluate(a["methods"])
             elif stage == "label":
                 label(run)
             elif stage == "chat":

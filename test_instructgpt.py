@@ -1201,9 +1201,8 @@ def test_kto_calls_desirable_what_ranks_above_the_mean_and_mismatches_for_kl0(en
     ratio = lambda p, y: (sums(policy, enc, p, y) - sums(reference, enc, p, y)).item()
     mismatched = (shifted[0][0] - shifted[0][1]).tolist()
     others = [ratio(p, y) for p, _, _, _ in rows for q, y, _, _ in rows if p != q]
-    assert len(mismatched) == len(rows)                                # each with another prompt's response
-    assert all(min(abs(x - y) for y in others) < 1e-4 for x in mismatched)
-    kl0 = max(0, sum(mismatched) / len(rows))
+    assert len(mismatched) == 9 and all(min(abs(x - y) for y in others) < 1e-4 for x in mismatched)
+    kl0 = max(0, sum(mismatched) / 9)                                  # each has another prompt's response
     sigma = lambda z: 1 / (1 + math.exp(-z))
     terms = [sigma(-0.2 * (ratio(p, y) - kl0)) if rank < mean else sigma(0.2 * (ratio(p, y) - kl0))
              for p, y, rank, mean in rows]
@@ -1228,10 +1227,11 @@ def test_neighbours_start_at_the_reference_and_learn_to_prefer(enc, method, begi
 def test_neighbours_micro_batches_are_parts_of_the_same_batch(enc):
     (policy, _), cpu = small_models(enc), torch.device("cpu")
     for method in ("dpo", "kto"):
-        cfg = ig.Config(rm_batch=3, micro_batch=27, policy_lr=1e-3)
-        one, three = (ig.train_on_comparisons(c, enc, method, policy, COMPARED[:3], cpu, Quiet())
-                      for c in (cfg, replace(cfg, micro_batch=0)))
-        close(weights(one), weights(three))
+        whole = ig.Config(rm_batch=3, policy_lr=1e-3)
+        one, parts = (ig.train_on_comparisons(cfg, enc, method, policy, COMPARED * 3, cpu, Quiet())
+                      for cfg in (whole, replace(whole, micro_batch=9)))               # a prompt at once
+        close(weights(one), weights(parts))
+        assert (weights(one) - weights(policy)).abs().max() > 1e-3
 
 
 def test_best_of_n_kl_is_an_upper_bound_and_close_where_no_two_samples_are_alike():
@@ -2237,7 +2237,7 @@ def test_changed_setting_is_refused_by_name_and_from_reuses_the_rest(smoke, tmp_
     (["--episodes", "4"], "--minibatches 8: must lie in 1 to 4"), (["--iterations", "0"], "iterations"),
     (["--warmup", "-1"], "warmup"), (["--ptx_rows", "0"], "ptx_rows"), (["--sft_lr", "0"], "sft_lr"),
     (["--beta", "nan"], "beta"), (["--rm_lr", "inf"], "rm_lr"), (["--seed", "-1"], "seed"),
-    (["--beta", "-0.1"], "--beta -0.1: must lie in 0 to"), (["--k_max", "3"], "k_min"),
+    (["--beta", "-0.1"], "--beta -0.1: must lie in 0 to"), (["--k_max", "3"], "--k_max 3: must lie in 4 to"),
     (["--device", "cuda:99"], "cuda:99"), (["--device", "cpu:x"], "cpu:x"), (["--dtype", "float16"], "dtype"),
     (["--micro_batch", "-1"], "micro_batch"),
     (["--device", "cpu", "--dtype", "bfloat16"], "only on a CUDA GPU"),
@@ -2355,6 +2355,8 @@ def test_own_split_of_comparisons_is_kept(own, tmp_path):
     (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[:3]), "of at least four prompts"),
     (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[3:]), "no pair of different rank"),
     (lambda folder: (folder / "test.jsonl").unlink(), "test.jsonl"),
+    (lambda folder: write_rows(folder / "comparisons.jsonl", [
+        {"prompt": f"a {i}", "chosen": "hat " * 40, "rejected": "no"} for i in range(9)]), "no pair of"),
     (lambda folder: (folder / "pretrain.txt").unlink(), "pretrain.txt"),
     (lambda folder: (folder / "vocab.tiktoken").unlink(), "vocab.tiktoken")])
 def test_own_data_that_lack_something_get_one_line(own, change, told, tmp_path, capsys):
@@ -2364,6 +2366,22 @@ def test_own_data_that_lack_something_get_one_line(own, change, told, tmp_path, 
     assert ig.main([*FAST, "--data", str(folder), "--out", str(tmp_path / "out"), "--ptx_coef", "0"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and told in error and not list((tmp_path / "out").glob("*.tmp"))
+    assert told in ("pretrain.txt", "vocab.tiktoken") or not (tmp_path / "out" / "pretrain.pt").exists()
+
+
+def test_own_comparisons_with_a_long_response_are_left_out_and_counted(own, tmp_path, capsys):
+    path = tmp_path / "c.jsonl"
+    write_rows(path, [*COMPARED, {"prompt": "a", "chosen": "hat " * 40, "rejected": "no", "use_case": [0]}])
+    cfg = ig.Config(data=str(own), comparisons=str(path), out=str(tmp_path), device="cpu")
+    run = ig.Run(cfg, None, False)
+    assert len(run.comparisons("train")) == 3 and "1 of 5 comparisons" in capsys.readouterr().out
+
+
+def test_probes_too_long_for_the_context_are_told_before_the_training(tmp_path, capsys):
+    out, path = tmp_path / "out", rank_file(tmp_path / "bytes", [])[0]
+    assert ig.main(["--smoke", "--device", "cpu", "--encoding", path, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--block_size" in error and not (out / "pretrain.pt").exists()
 
 
 def test_own_data_without_text_train_without_the_mixes(own, tmp_path, capsys):
@@ -2432,7 +2450,7 @@ def test_a_model_is_measured_alike_whoever_stands_beside_it(smoke, tmp_path):
 
 def test_rival_of_other_data_or_without_a_checkpoint_is_refused(smoke, tmp_path, capsys):
     words = ["evaluate", "--smoke", "--device", "cpu", "--out", str(smoke[0]), "--rival"]
-    assert ig.main([*words, str(tmp_path)]) == 2 and "pretrain.pt" in capsys.readouterr().err
+    assert ig.main([*words, str(tmp_path)]) == 2 and "holds no pretrain.pt" in capsys.readouterr().err
     c = ig.load(str(smoke[0] / "pretrain.pt"))
     ig.save(str(tmp_path / "pretrain.pt"), {**c, "settings": {**c["settings"], "data": "mine"}})
     assert ig.main([*words, str(tmp_path)]) == 2 and "made with data mine" in capsys.readouterr().err
@@ -2875,7 +2893,8 @@ WRONG = {                                        # what is wrong -> weights, and
     "float64": lambda w: (w | {"ln_f.bias": w["ln_f.bias"].double()}, f"ln_f.bias {FLOAT}(128,), is ['F64']"),
     "int64": lambda w: (w | {"ln_f.bias": w["ln_f.bias"].long()}, f"ln_f.bias {FLOAT}(128,), is ['I64']"),
     "heads": lambda w: (published(width=96), "wte.weight must be a multiple of 64 wide, a head's width"),
-    "unexpected": lambda w: (w | {"h.0.attn.rotary": torch.zeros(2)}, "'h.0.attn.rotary' must not be there: "),
+    "unexpected": lambda w: (w | {"h.0.attn.rotary": torch.zeros(2)},
+                             "'h.0.attn.rotary' must not be there: "),
     "unexpected prefix": lambda w: (w | {"transformer.ln_f.bias": torch.zeros(128)},
                                     "'transformer.ln_f.bias' must not be there"),
     "untied head": lambda w: (w | {"lm_head.weight": w["wte.weight"] + 1e-3},
@@ -3008,11 +3027,16 @@ def test_toy_worlds_pieces_are_gpt2s(enc, sets):
 
 def test_encoding_by_name_is_tiktokens_and_any_other_word_a_rank_file(monkeypatch, tmp_path):
     asked, path = [], rank_file(tmp_path / "mine", [" cow"])[0]
-    monkeypatch.setattr(ig.tiktoken, "get_encoding", lambda name: asked.append(name) or "theirs")
-    assert ig.find_encoding("gpt2") == "theirs" and asked == ["gpt2"]
+    theirs = ig.load_encoding(path)
+    monkeypatch.setattr(ig.tiktoken, "get_encoding", lambda name: asked.append(name) or theirs)
+    assert ig.find_encoding("gpt2") is theirs and asked == ["gpt2"]
     assert ig.find_encoding(path).n_vocab == 258 and asked == ["gpt2"]
     with pytest.raises(ig.UserError, match="gpt3: cannot be read .*; name a file"):
         ig.find_encoding("gpt3")
+    theirs = ig.tiktoken.Encoding("gap", pat_str=ig.PIECES, mergeable_ranks=theirs._mergeable_ranks,
+                                  special_tokens={ig.EOT: 300})
+    with pytest.raises(ig.UserError, match="has ids without a token"):                 # a model could sample
+        ig.find_encoding("gpt2")
 
 
 def test_encoding_without_network_and_cache_is_one_line_that_says_how(monkeypatch, tmp_path, capsys):
@@ -3765,7 +3789,7 @@ def test_section_c4_graphs_are_kept_apart_by_temperature_and_end(monkeypatch):
 def test_eq2_kl_is_to_the_reference_not_to_the_sampler(enc, sets):
     reference, reward_model = small_models(enc)
     prompts = [p["ids"] for p in small_prompts(enc, sets, 16)]
-    e = ig.make_experience(ig.Config(**MINI), enc, move(deepcopy(reference)), reward_model, reference,
+    e = ig.make_experience(ig.Config(**SMALL), enc, move(deepcopy(reference)), reward_model, reference,
                            reward_model, prompts, seeded(1))
     close(e["ref_logprobs"], ig.token_logprobs(reference, e["tokens"], 1.0, e["mask"]), atol=1e-5, rtol=0)
     assert (e["logprobs"] - e["ref_logprobs"]).abs().max() > 0.01
