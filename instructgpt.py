@@ -1019,9 +1019,9 @@ def preference(world, group, tasks, mine, theirs, judges, rng):
 
 @torch.no_grad()
 def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
-    """Of each answer the reward model's score, and the KL (k3, nats) to the reference on the plain prompt.
+    """Of each answer the reward model's score, and its k3 and k1 (nats) to the reference on the plain prompt.
     Where GPT's line was cut, its newline meets the reference's EOS: its KL is only an indication."""
-    scores, kls = [], []
+    scores, k3, k1 = [], [], []
     for s in range(0, len(prompts), 128):
         part = answers[s:s + 128]
         # an answer cut at its newline has ended too: there stands EOS
@@ -1031,8 +1031,9 @@ def reward_and_kl(cfg, enc, reward_model, reference, prompts, answers, device):
         scores += torch.where(ended, reward_scores(reward_model, tokens, last), cfg.unfinished_score).tolist()
         own = torch.zeros(mask.shape, device=device)                            # (b,t-1)
         own[mask] = torch.tensor([x for r in part for x in r["logprobs"]], device=device)
-        kls += clear(mask, kl_k3(own, token_logprobs(reference, tokens, 1.0, mask)))[0].sum(1).tolist()
-    return scores, kls
+        ref = token_logprobs(reference, tokens, 1.0, mask)                      # (b,t-1), 0 where own is
+        k3, k1 = k3 + kl_k3(own, ref).sum(1).tolist(), k1 + kl_k1(own, ref).sum(1).tolist()
+    return scores, k3, k1
 
 
 @torch.no_grad()
@@ -1097,7 +1098,7 @@ def question(cfg, enc, models, reward_model, tests, probes, device):
             every = respond(model, enc, prompts * n, cfg.max_new_tokens, generator, one_line="GPT" in name,
                             lengths=[len(x) for x in plain] * n)
             if n > 1:                                      # the one that the reward model likes best
-                scores, _ = reward_and_kl(cfg, enc, reward_model, model, prompts * n, every, device)
+                scores, *_ = reward_and_kl(cfg, enc, reward_model, model, prompts * n, every, device)
                 every = [every[max(range(i, len(every), len(prompts)), key=scores.__getitem__)]
                          for i in range(len(prompts))]
             answers[name][which] = every
@@ -1109,9 +1110,10 @@ def measure(cfg, enc, name, model, answers, sets, models, reward_model, judge, d
     Returns numbers and shares, lists of a number a prompt."""
     others = {"win_vs_sft": "SFT", "win_vs_gpt": "GPT", "win_vs_rival": "rival GPT"}
     mine, prompts = answers[name]["tests"], [encode_prompt(enc, p["prompt"]) for p in sets["tests"]]
-    scores, kls = reward_and_kl(cfg, enc, reward_model, models["SFT"], prompts, mine, device)
-    bound = best_of_n_kl(cfg.k_max) if name.startswith("best of") else None
-    return ({"reward": mean(scores), "kl": mean(kls) if bound is None else bound,
+    scores, k3, k1 = reward_and_kl(cfg, enc, reward_model, models["SFT"], prompts, mine, device)
+    if name.startswith("best of"):
+        k3 = k1 = [best_of_n_kl(cfg.k_max)]                # its bound
+    return ({"reward": mean(scores), "kl": mean(k3), "kl_k1": mean(k1),
              "length": mean([len(r["ids"]) for r in mine])},
             {**{k: judge(mine, answers[other]["tests"]) for k, other in others.items() if other in answers},
              "ended": [r["ended"] for r in mine]})
@@ -1150,7 +1152,7 @@ COLUMNS = {"win_vs_sft": "preferred|to SFT", "win_vs_sft_heldout": "by held-out|
            "win_vs_sft_gold": "noise-free|", "win_vs_rival": "to the|rival", "gold": "gold|1-7",
            "likert": "Likert|1-7", "truthful_informative": "true,|informs", "hallucinates": "halluci-|nates",
            "rude": "rude|reply", "rude_respectful": "(asked|not to)", "pretrain_loss": "pretrain|loss",
-           "fewshot": "few-|shot", "reward": "reward|", "kl": "KL|to SFT"}
+           "fewshot": "few-|shot", "reward": "reward|", "kl_k1": "KL (k1)|to SFT"}
 
 
 def table(results):
@@ -1242,14 +1244,14 @@ def curves(series, inks, reads_x=float, reads_y=float):
 
 def picture(results, history, best_of_n):
     """results.json's models and best_of_n, the log's lines -> SVG: the first six panels that have numbers.
-    What RL trained is a curve in KL, as best of n is (its bound); any other model is a dot (k3). The curves'
-    KL is k1, as the log's k3 is five times as noisy; the axis is a root's, along which reward rises about
-    linearly (Bai et al. 2022)."""
+    What RL trained is a curve in KL, as best of n is (in its bound); any other model is a dot. KL is k1, as
+    k3 is five times as noisy; the axis is a root's, along which reward rises about linearly (Bai et al.
+    2022)."""
     runs, label = {h["stage"] for h in history if "k1" in h}, {s: k for k, s in MODELS.items()} | {"rm": "RM"}
     dots = [(f"best of {len(best_of_n)}", b) for b in best_of_n.values()]
     dots += [(k, r) for k, r in results.items() if k in MODELS and k != "GPT" and MODELS[k] not in runs]
     stages = {}
-    for h in [*history, *({**r, "stage": k, "k1": r["kl"], "score": r["reward"]} for k, r in dots)]:
+    for h in [*history, *({**r, "stage": k, "k1": r.get("kl_k1", r["kl"]), "score": r["reward"]} for k, r in dots)]:
         stages.setdefault(label.get(h["stage"], h["stage"]), []).append(h)
     inks = dict(zip(dict.fromkeys([*KNOWN, *results, *stages]), INKS * 9))
 
@@ -2132,7 +2134,7 @@ def chat(run, names):
             r, = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=k == "GPT")
             tokens, mask, _ = stack([ids], [r["ids"]], run.device)              # (1,T), (1,T-1)
             kl = exact_kl(model, sft_model, tokens, mask).item()
-            (reward,), _ = reward_and_kl(cfg, enc, reward_model, sft_model, [ids], [r], run.device)
+            (reward,), *_ = reward_and_kl(cfg, enc, reward_model, sft_model, [ids], [r], run.device)
             print(f"{k:8}{reward:6.2f}{'* '[r['ended']]}{kl:6.2f}  {on_a_line(r['text'], r['ended'])}")
 
 
@@ -2206,8 +2208,8 @@ def parse(argv):
 def check(cfg):
     """UserError, by name and with the allowed range, for a setting that cannot work."""
     low = {f.name: int(type(f.default) is int) for f in fields(cfg) if type(f.default) is not str}
-    low |= {"seed": 0, "warmup": 0, "micro_batch": 0, "k_min": 2, "k_max": max(2, cfg.k_min), "block_size": 48,
-            "unfinished_score": -1e9}
+    low |= {"seed": 0, "warmup": 0, "micro_batch": 0, "k_min": 2, "k_max": max(2, cfg.k_min),
+            "block_size": 48, "unfinished_score": -1e9}
     high = {"seed": 2 ** 32, "lam": 1, "ema": 1, "sft_mix": 0.99, "sft_dropout": 0.99, "judges": 20,
             "minibatches": cfg.episodes, "max_new_tokens": cfg.block_size - 33}
     positive = "pretrain_lr sft_lr rm_lr policy_lr value_lr cliprange value_clip temperature".split()
