@@ -1251,7 +1251,8 @@ def picture(results, history, best_of_n):
     dots = [(f"best of {len(best_of_n)}", b) for b in best_of_n.values()]
     dots += [(k, r) for k, r in results.items() if k in MODELS and k != "GPT" and MODELS[k] not in runs]
     stages = {}
-    for h in [*history, *({**r, "stage": k, "k1": r.get("kl_k1", r["kl"]), "score": r["reward"]} for k, r in dots)]:
+    dots = [{**r, "stage": k, "k1": r.get("kl_k1", r["kl"]), "score": r["reward"]} for k, r in dots]
+    for h in [*history, *dots]:
         stages.setdefault(label.get(h["stage"], h["stage"]), []).append(h)
     inks = dict(zip(dict.fromkeys([*KNOWN, *results, *stages]), INKS * 9))
 

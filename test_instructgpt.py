@@ -1249,7 +1249,7 @@ def test_best_of_n_kl_is_an_upper_bound_and_close_where_no_two_samples_are_alike
 
 
 def test_best_of_n_is_the_best_scored_of_the_first_n(enc):
-    """Against each response scored alone; with equal texts, unfinished ones, and different numbers of them"""
+    """Against each response scored alone; with equal texts, unfinished ones and different numbers."""
     torch.manual_seed(0)
     model, cfg = ig.GPT(ig.GPTConfig(enc.n_vocab, 64, 1, 2, 16), "scalar"), ig.Config(unfinished_score=-0.2)
     rng, words = random.Random(0), ["sad.", "happy.", "I am sorry.", "no.", "The cow.", "", "a b c"]
@@ -2068,8 +2068,8 @@ def test_smoke_run_leaves_what_it_promises(smoke):
 
 
 def panels_of(svg):
-    """A picture -> {title: (its texts, the colours in it)}. It must be XML, small, of numbers; no text may
-    touch another (characters taken as 7 wide and 12 high) or leave its panel."""
+    """A picture -> {title: (its texts, its colours)}. It must be XML, small, of numbers; no text may touch
+    another (characters taken as 7 wide and 12 high) or leave its panel."""
     assert len(svg.encode()) < 40_000 and "nan" not in svg and "inf" not in svg
     out, root = {}, tree.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -2180,7 +2180,7 @@ def test_picture_survives_names_that_xml_cannot_hold(drawn):
 
 
 def test_picture_means_over_stretches_and_takes_roots(drawn):
-    """20 groups of three lines: in the root of KL their means lie on a straight line, equally far apart."""
+    """Twenty groups of three lines: in the root of KL their means lie on a straight line, evenly."""
     lines = [{"stage": "ppo", "step": i + 1, "k1": (i // 3) ** 2 - 1e-9 * (i == 1),
               "score": i // 3 + (i % 3 - 1) * (-1) ** (i // 3)} for i in range(60)]
     root = tree.fromstring(ig.picture(drawn[0], lines, {}))
@@ -2209,7 +2209,11 @@ def test_finished_stages_are_not_trained_again_and_evaluation_repeats_itself(smo
     assert after["models"] == before["models"] and after["reward_model"] == before["reward_model"]
     again = Counter(json.loads(line)["stage"] for line in open_lines(out / "log.jsonl"))
     assert {k for k in again if again[k] != stages[k]} == {"evaluate"}
-    assert (out / "picture.svg").read_text() != picture            # of a repeated step the last counts
+    lines = [json.loads(line) for line in open_lines(out / "log.jsonl")]   # the last of a step counts
+    lines.remove(next(h for h in lines if h["stage"] == "rm" and h["step"] == 1))
+    lines.sort(key=lambda h: h["step"])
+    drawn = ig.picture(after["models"], lines, after["reward_model"]["best_of_n"])
+    assert (out / "picture.svg").read_text() == drawn != picture
 
 
 def open_lines(path):
