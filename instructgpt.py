@@ -1163,7 +1163,8 @@ def table(results):
         lines.append(" " * 15 + "".join(f"{COLUMNS[k].split('|')[i]:>{width(k)}}" for k in keys))
     for name, r in results.items():
         value = {k: r[k] for k in keys} | {"fewshot": mean(list(r.get("fewshot", {}).values()))}
-        cells = [f"{value[k]:.2f}" + (f" ±{r['ci95'][k]:.2f}" if k.startswith("win") else "") for k in keys]
+        cells = [f"{round(value[k], 2) + 0.0:.2f}" +                            # + 0: no -0.00
+                 (f" ±{r['ci95'][k]:.2f}" if k.startswith("win") else "") for k in keys]
         if "pretrain_loss" in keys:                        # the alignment tax: the rise over GPT
             cells[keys.index("pretrain_loss")] = f"{r['pretrain_loss'] - base:+.3f}"
         cells[-1] = "≤ " * name.startswith("best of") + cells[-1]               # its KL is a bound
