@@ -2131,13 +2131,13 @@ def chat(run, names):
         if not text or len(ids) > room:
             print(f"a question has 1 to {room - mark} tokens, this one {len(ids) - mark}")
             continue
-        print(f"{'reward':>14}{'KL':>6}")
+        print(f"{'reward':>15}{'KL':>6}")
         for k, model in zip(names, models):
             r, = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=k == "GPT")
             tokens, mask, _ = stack([ids], [r["ids"]], run.device)              # (1,T), (1,T-1)
             kl = exact_kl(model, sft_model, tokens, mask).item()
             (reward,), *_ = reward_and_kl(cfg, enc, reward_model, sft_model, [ids], [r], run.device)
-            print(f"{k:8}{reward:6.2f}{'* '[r['ended']]}{kl:6.2f}  {on_a_line(r['text'], r['ended'])}")
+            print(f"{k:9}{reward:6.2f}{'* '[r['ended']]}{kl:6.2f}  {on_a_line(r['text'], r['ended'])}")
 
 
 def find_device(name, dtype="float32"):
