@@ -7,10 +7,11 @@ feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world th
     python instructgpt.py sft                                 one stage, and what it needs
     python instructgpt.py --from out --out out_b --beta 0.1   another beta on the pretrain, sft, rm of out/
     python instructgpt.py ppo --ptx_coef 0                    plain PPO alone
-    python instructgpt.py --init model.safetensors --encoding gpt2 --out out_g     from GPT-2's weights
-    python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
+    python instructgpt.py --methods dpo kto best_of_n         neighbours too, in the same table
     python instructgpt.py label                               you rank answers of the SFT model
     python instructgpt.py chat --models GPT SFT PPO-ptx       they answer your questions side by side
+    python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
+    python instructgpt.py --init model.safetensors --encoding gpt2 --data mine --out out_mine     GPT-2, your data
 
 Ctrl-C saves, and the same command goes on where it was.
 
