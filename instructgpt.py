@@ -11,7 +11,7 @@ feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world th
     python instructgpt.py label                               you rank answers of the SFT model
     python instructgpt.py chat --models GPT SFT PPO-ptx       they answer your questions side by side
     python instructgpt.py --device cuda --out out_gpu         on a GPU (chosen by itself where there is one)
-    python instructgpt.py --init model.safetensors --encoding gpt2 --data mine --out out_mine     GPT-2, your data
+    python instructgpt.py --init model.safetensors --encoding gpt2 --data mine     from GPT-2, on your data
 
 Ctrl-C saves, and the same command goes on where it was.
 
