@@ -3546,8 +3546,8 @@ def test_section_34_label_in_a_terminal_killed_resumed_and_interrupted(smoke, tm
     terminal = Terminal("label", *MINI, out)
     assert question_on(terminal.until("ranking: "))[0] == 2
     terminal.type("1 >")
-    terminal.until("1 >")                        # shown, so read: Ctrl-C drops what waits to be read, and readline
-    terminal.type("\x03")                        # would wait for it
+    terminal.until("1 >")                        # shown, so read: Ctrl-C drops what waits to be read, and
+    terminal.type("\x03")                        # readline would wait for it
     said, code = terminal.end()
     assert code == 130 and "\nstopped; " in said and "Traceback" not in said
     assert lines_of(out / "labels.jsonl") == [first]
