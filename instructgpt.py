@@ -1636,10 +1636,15 @@ def save(path, x):
 
 
 def mend(path):
-    """Cuts off the half line that a killed process may have left at the end of a file of JSON lines."""
+    """Cuts off the half line that a killed process may have left at the end of a file of JSON lines; a whole
+    one, left without its newline by an editor, gets it."""
     if os.path.exists(path):
         with open(path, "rb+") as f:
-            f.truncate(f.read().rfind(b"\n") + 1)
+            *_, last = f.read().split(b"\n")
+            try:
+                f.write(b"\n" * bool(json.loads(last)))
+            except ValueError:
+                f.truncate(f.tell() - len(last))
 
 
 @contextmanager

@@ -3492,6 +3492,17 @@ def test_chat_reads_a_pipe_and_shows_each_question_once(smoke, monkeypatch, caps
     assert error == "instructgpt.py: the line typed is not UTF-8 text (invalid start byte)\n"
 
 
+@pytest.mark.parametrize("text, mended", [
+    ('{"a": 1}\n{"b"', '{"a": 1}\n'), 
+    ('{"a": 1}\n{"b": 2}', '{"a": 1}\n{"b": 2}\n'), ('{"a": 1}\n', '{"a": 1}\n'),
+    ('{"a"', ''), ('', '')])
+def test_half_a_last_line_is_cut_and_a_whole_one_kept(text, mended, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    ig.mend(str(path))
+    assert path.read_text() == mended
+
+
 class Terminal:
     """The command in a terminal of its own, at which a test types and reads as a user does."""
 
@@ -3526,6 +3537,16 @@ class Terminal:
     def type(self, keys):
         os.write(self.fd, keys.encode())
 
+    def interrupt(self):
+        """Ctrl-C, with nothing typed before it, which it would drop and readline wait for; again, as one that
+        comes just before readline waits is noticed at the next."""
+        for _ in range(100):
+            if self.process.poll() is None:
+                self.type("\x03")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(3)
+        return self.end()
+
     def end(self):
         rest = self.until(None)
         os.close(self.fd)
@@ -3545,10 +3566,7 @@ def test_section_34_label_in_a_terminal_killed_resumed_and_interrupted(smoke, tm
     assert first["prompt"] == prompt and first["ranks"] == list(range(len(answers), 0, -1))
     terminal = Terminal("label", *MINI, out)
     assert question_on(terminal.until("ranking: "))[0] == 2
-    terminal.type("1 >")
-    terminal.until("1 >")                        # shown, so read: Ctrl-C drops what waits to be read, and
-    terminal.type("\x03")                        # readline would wait for it
-    said, code = terminal.end()
+    said, code = terminal.interrupt()
     assert code == 130 and "\nstopped; " in said and "Traceback" not in said
     assert lines_of(out / "labels.jsonl") == [first]
 
