@@ -249,6 +249,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x, *cached, keep=None):
+        """x (B,T,C) -> (B,T,C); with keep (B,T) bool its N entries alone, (N,C), go through the MLP."""
         drop = lambda y: F.dropout(y, self.c.dropout, self.training)
         x = x + drop(self.attn(self.ln_1(x), *cached))
         x = x if keep is None else x[keep]                                      # (B,T,C) or (N,C)
@@ -299,8 +300,8 @@ class GPT(nn.Module):
             bias = (-1e30 * later[:, None, None]).to(cache[0].dtype)            # (B,1,1,width) for all layers
         x = self.wte(tokens) + self.wpe(position)                               # (B,T,C)
         for i, block in enumerate(self.h):
-            mine = None if cache is None else cache[i]
-            x = block(x, mine, slots, bias, keep=keep if block is self.h[-1] else None)
+            keys_values = None if cache is None else cache[i]
+            x = block(x, keys_values, slots, bias, keep=keep if block is self.h[-1] else None)
         return self.ln_f(x)
 
     def project(self, x):
@@ -855,7 +856,7 @@ def ppo(cfg, enc, sft_model, reward_model, prompts, corpus, ptx_coef, device, lo
         e = make_experience(cfg, enc, policy, value_net, reference, reward_model, ids, draw, estimate)
         numbers, order = [], torch.randperm(cfg.episodes, generator=generator).to(device)
         for rows in order.tensor_split(cfg.minibatches):
-            n = cfg.ptx_rows * len(rows)                   # rows of text, (n,block)
+            n = cfg.ptx_rows * len(rows)                   # text is (n,block)
             text = corpus_batch(corpus, n, cfg.block_size, generator, device) if ptx_coef else None
             numbers.append(update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm))
             ema_update(average, policy, cfg.ema)
@@ -2084,10 +2085,10 @@ def label(run):
     cfg, path, typed = run.cfg, run.path("labels.jsonl"), None
     mend(path)
     done = read_jsonl(path, comparison) if os.path.exists(path) and os.path.getsize(path) else []
-    ranked, kinds = {c["prompt"] for c in done}, dict(task=dict, use_case=str) if run.world else {}
-    rows, policy = run.rows("rm_train.jsonl", prompt="text", **kinds), run.model("sft")
-    todo = [{k: p[k] for k in ("prompt", *kinds)} for p in reversed(rows) if p["prompt"] not in ranked]
-    tasks, generator = {p["prompt"]: p["task"] for p in rows if kinds}, seed(cfg, "label", run.device)
+    ranked, policy = {c["prompt"] for c in done}, run.model("sft")
+    rows = run.rows("rm_train.jsonl", prompt="text", **run.toy)
+    todo = [{k: p[k] for k in ("prompt", *run.toy)} for p in reversed(rows) if p["prompt"] not in ranked]
+    tasks, generator = {p["prompt"]: p["task"] for p in rows if run.toy}, seed(cfg, "label", run.device)
     print(USAGE)
     while todo and typed != "q":
         c = todo.pop()

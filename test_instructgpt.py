@@ -3221,7 +3221,7 @@ def test_section_34_label_writes_each_ranking_at_once_undoes_and_skips(desk, set
         row = next(r for r in sets["rm_train"] if r["prompt"] == prompt)
         assert first == {"prompt": prompt, "responses": first["responses"], "ended": first["ended"],
                          "ranks": list(range(len(answers), 0, -1)), "labeler": "you", "split": "train",
-                         "task": row["task"], "use_case": row["use_case"]}
+                         "task": row["task"], "use_case": row["use_case"], "form": row["form"]}
         assert as_shown(first) == answers
         hits = ig.agreement(tw, {prompt: row["task"]}, [first], random.Random(0))
         assert f"\nagreement so far {ig.mean(hits):.2f} of {len(hits)} pairs (labelers among" in screen
