@@ -632,9 +632,9 @@ def test_token_logprobs_column_t_speaks_of_token_t_plus_1():
 
 
 def test_token_logprobs_are_float32_whatever_the_model():
-    logits, tokens = normal(2, 4, V).bfloat16(), torch.randint(V, (2, 5), generator=seeded(1))
+    logits, tokens = normal(2, 5, V).bfloat16(), torch.randint(V, (2, 5), generator=seeded(1))
     got = ig.token_logprobs(lambda _: logits, tokens)
-    want = F.log_softmax(logits.double(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    want = F.log_softmax(logits[:, :-1].double(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
     assert got.dtype == torch.float32
     close(got.double(), want, atol=1e-6, rtol=0)
 
@@ -987,9 +987,9 @@ def test_section_c4_value_clip_stops_only_moves_towards_the_return(value, goal, 
 
 
 def episode(prompts, responses, seed=0):
-    """Loss of one PPO update as a function of free logits -> their gradient (B,T-1,V), tokens."""
+    """Loss of one PPO update as a function of free logits -> their gradient (B,T,V), tokens."""
     tokens, mask, _ = ig.stack(prompts, responses, "cpu")
-    logits = normal(len(tokens), tokens.size(1) - 1, V, seed=seed).requires_grad_()
+    logits = normal(len(tokens), tokens.size(1), V, seed=seed).requires_grad_()
     logprobs = ig.token_logprobs(lambda _: logits, tokens)
     ig.policy_loss(logprobs, logprobs.detach(), torch.ones(mask.shape), mask).backward()
     return logits.grad, tokens
@@ -1031,7 +1031,7 @@ def test_section_c4_decision_to_stop_is_trained():
     model = tiny()
     r = ig.rollout(model, PROMPTS * 8, 12, EOS, 1.0, seeded(0))
     b = next(b for b in range(len(PROMPTS) * 8) if r.ended[b] and len(r.responses()[b]) > 1)
-    logits = model(r.tokens[:, :-1]).detach().requires_grad_()
+    logits = model(r.tokens).detach().requires_grad_()
     logprobs = ig.token_logprobs(lambda _: logits, r.tokens)
     ig.policy_loss(logprobs, r.logprobs, torch.ones(r.mask.shape), r.mask).backward()
     end = int(r.mask[b].nonzero().max())
@@ -1541,18 +1541,18 @@ def test_section_c4_what_is_scored_is_what_was_sampled_from(enc, sets, small_cor
     close(e["logprobs"][e["mask"]], e["ref_logprobs"][e["mask"]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [1, 5, 64])
-def test_section_c4_rows_scored_by_length_come_back_in_their_places(size):
+@pytest.mark.parametrize("times", [1, 12])
+def test_section_c4_rows_scored_by_length_come_back_in_their_places(times):
     model = tiny()
-    r = ig.rollout(model, PROMPTS * 6, 12, EOS, 1.0, seeded(1))
+    r = ig.rollout(model, PROMPTS * times, 12, EOS, 1.0, seeded(1))
     lengths = r.prompt_lens + r.mask.sum(1)
 
     def logprobs(tokens, mask, n):
-        assert len(n) <= size and n.max() == tokens.size(1) == mask.size(1) + 1        # no filler for all
+        assert len(n) <= 16 and n.max() == tokens.size(1) == mask.size(1) + 1        # no filler for all
         return ig.token_logprobs(model, tokens, 1.0, mask)
     with torch.no_grad():
-        close(ig.by_length(logprobs, r, lengths, size), r.logprobs, atol=1e-5, rtol=0)
-    assert torch.equal(ig.by_length(lambda tokens, mask, n: n, r, lengths, size), lengths)
+        close(ig.by_length(logprobs, r, lengths), r.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(ig.by_length(lambda tokens, mask, n: n, r, lengths), lengths)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
