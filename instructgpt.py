@@ -128,8 +128,7 @@ class Config:
     value_lr: float = setting(1e-3, "value net's learning rate, fixed", "9e-6", "ppo")
     warmup: int = setting(10, "warm-up iterations from a tenth of the peak, constant after it", "10", "ppo")
     beta: float = setting(0.2, "KL coefficient, in units of score a nat", "0.02", "ppo")
-    ptx_coef: float = setting(1.0, "PPO-ptx's weight of the pretraining loss (a token mean); when given, "
-                                   "only this one run is trained", "27.8", "ppo")
+    ptx_coef: float = setting(1.0, "weight of the mix's loss; if given, one run only", "27.8", "ppo")
     ptx_rows: int = setting(1, "pretraining rows an episode", "8", "ppo")
     cliprange: float = setting(0.2, "PPO's clip of the ratio", "0.2", "ppo")
     value_clip: float = setting(0.2, "clip of the value's move", "not stated; 0.2 in its ancestors", "ppo")
@@ -189,19 +188,16 @@ def stack(prompts, responses, device):
     return tokens.to(device), mask.to(device), (n - 1).to(device)
 
 
-def batches(lengths, size, generator):
-    """Random batches of indices, each of rows of about one length, so that little is spent on filler:
-    shuffle, sort stretches of eight batches by length, cut, shuffle the batches."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    stretches = [order[s:s + 8 * size] for s in range(0, len(order), 8 * size)]
-    order = [i for stretch in stretches for i in sorted(stretch, key=lambda i: lengths[i])]
-    cut = [order[s:s + size] for s in range(0, len(order), size)]
-    return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
-
-
-def epochs(lengths, size, n, generator):
-    """The batches of n epochs, one after the other."""
-    return [batch for _ in range(n) for batch in batches(lengths, size, generator)]
+def batches(lengths, size, epochs, generator):
+    """Random batches of indices for some epochs, each of rows of about one length, so that little is spent on
+    filler: shuffle, sort stretches of eight batches by length, cut, shuffle the batches."""
+    plan, n = [], len(lengths)
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator)                          # (n,)
+        order = [i for part in order.split(8 * size) for i in sorted(part.tolist(), key=lengths.__getitem__)]
+        cut = [order[s:s + size] for s in range(0, n, size)]
+        plan += [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
+    return plan
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -462,7 +458,8 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
 
 def token_values(value_net, tokens, mask):
     """V of the states in which the response tokens are chosen: (B,T) -> (B,T-1), 0 outside the mask."""
-    return torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, value_net(tokens, F.pad(mask, (0, 1))))
+    values = value_net(tokens, F.pad(mask, (0, 1)))                             # (N,)
+    return torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, values)
 
 
 def lm_loss(model, tokens, mask=None):
@@ -502,8 +499,7 @@ def kl_k1(logprobs, ref_logprobs):
 def kl_k3(logprobs, ref_logprobs):
     """pi_ref/pi - 1 - log pi_ref/pi of a sample from pi: the same mean, never negative. The log shows it.
     What was sampled from stands in the denominator."""
-    log_ratio = ref_logprobs - logprobs
-    return torch.expm1(log_ratio) - log_ratio
+    return torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
@@ -649,7 +645,7 @@ def sft(cfg, enc, gpt, demos, corpus, device, log):
     model = copy_of(gpt, dropout=cfg.sft_dropout).train()
     mixed = math.ceil(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))         # pretraining rows a step
     lengths, optimizer = [len(x) + len(y) for x, y in demos], adamw(model, cfg.sft_lr)
-    plan = epochs(lengths, cfg.sft_batch, cfg.sft_epochs, generator)
+    plan = batches(lengths, cfg.sft_batch, cfg.sft_epochs, generator)
     for step in log.steps("sft", len(plan), model=model, optimizer=optimizer, generator=generator):
         tokens, mask, _ = stack(*zip(*(demos[i] for i in plan[step])), device)  # (B,T), (B,T-1)
         loss = accumulate(lambda i: lm_loss(model, tokens[i], mask[i]), mask.sum(1), cfg.micro_batch)
@@ -736,7 +732,7 @@ def train_reward_model(cfg, enc, model, comparisons, demos, device, log, name="r
     data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
     lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
-    plan = epochs(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
+    plan = batches(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
     size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, of up to k_max rows each
     for step in log.steps(name, len(plan), model=reward_model, optimizer=optimizer):
         batch = [data[i] for i in plan[step]]
@@ -766,16 +762,21 @@ def normalise_reward(reward_model, demos, device):
 # discount. With 0 this is PPO; else the pretraining gradient joins every optimizer step, which is PPO-ptx.
 
 
-def by_length(f, r, lengths):
-    """f applied to rows of about one length at a time, cut to the longest, its result put back in place: f
-    maps tokens (b,t), mask (b,t-1) and lengths (b,) to (b,), one number a row, or to (b,t-1), which stays 0
-    beyond t-1."""
-    out, size = None, 16 if lengths.device.type == "cpu" else 64       # a few rows stay in a CPU's cache
-    for rows in lengths.argsort().split(size):                                  # (b,)
-        t = int(lengths[rows].max())
-        y = f(r.tokens[rows, :t], r.mask[rows, :t - 1], lengths[rows])
-        out = y.new_zeros(len(lengths), *r.mask.shape[1:y.ndim]) if out is None else out
-        out[(rows, slice(t - 1))[:y.ndim]] = y             # out[rows] = y or out[rows, :t - 1] = y
+def cut(e, rows, *names):
+    """Rows of the episodes, cut to the longest of them: tokens (b,t) and the named tensors, (b,t-1) each."""
+    t = int(e["length"][rows].max())
+    return [e["tokens"][rows, :t]] + [e[name][rows, :t - 1] for name in names]
+
+
+def by_length(f, e):
+    """f of all episodes, a few of about one length at a time, put back in their places: f maps tokens (b,t),
+    mask (b,t-1) and lengths (b,) to (b,), one number a row, or to (b,t-1), which stays 0 beyond t-1."""
+    out, size = None, 16 if e["tokens"].device.type == "cpu" else 64           # a few stay in a CPU's cache
+    for rows in e["length"].argsort().split(size):                              # (b,)
+        tokens, mask = cut(e, rows, "mask")                                     # (b,t), (b,t-1)
+        y = f(tokens, mask, e["length"][rows])
+        out = y.new_zeros(len(e["tokens"]), *e["mask"].shape[1:y.ndim]) if out is None else out
+        out[(rows, slice(mask.size(1)))[:y.ndim]] = y      # out[rows] = y or out[rows, :t - 1] = y
     return out
 
 
@@ -784,28 +785,21 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
     """A batch of episodes with all that the update needs, each computed once."""
     # 1. Sample with the current policy: these log-probs are those of pi_old (in bfloat16 too, rounded as
     # they were sampled from).
-    start = time.time()
+    t0 = time.time()
     r = rollout(policy, prompts, cfg.max_new_tokens, enc.eot_token, cfg.temperature, generator)
-    seconds, length = time.time() - start, r.prompt_lens + r.mask.sum(1)        # (B,)
+    e = {"tokens": r.tokens, "mask": r.mask, "logprobs": r.logprobs, "ended": r.ended,
+         "length": r.prompt_lens + r.mask.sum(1), "tokens_per_second": int(r.mask.sum()) / (time.time() - t0)}
     # 2. Score the whole response at its EOS; one that did not end gets the fixed score.
-    scores = by_length(lambda x, m, n: reward_scores(reward_model, x, n - 1), r, length)        # (B,)
+    scores = by_length(lambda x, m, n: reward_scores(reward_model, x, n - 1), e)                # (B,)
     scores = torch.where(r.ended, finite("a score of the reward model", scores), cfg.unfinished_score)
     # 3. The reference's log-probs, the KL penalty of each token, the score at the last one.
-    ref = by_length(lambda x, m, n: token_logprobs(reference, x, cfg.temperature, m), r, length)    # (B,T-1)
+    ref = by_length(lambda x, m, n: token_logprobs(reference, x, cfg.temperature, m), e)        # (B,T-1)
     rewards = token_rewards(scores, r.logprobs, ref, r.mask, cfg.beta)          # (B,T-1)
     # 4. Values of the states, advantages (whitened over the whole batch) and returns.
-    values = by_length(lambda x, m, n: token_values(value_net, x, m), r, length)     # (B,T-1)
+    values = by_length(lambda x, m, n: token_values(value_net, x, m), e)        # (B,T-1)
     advantages, returns = estimate(rewards, values, r.mask, 1.0, cfg.lam)       # (B,T-1) each
-    return {"tokens": r.tokens, "mask": r.mask, "logprobs": r.logprobs, "ref_logprobs": ref,
-            "rewards": rewards, "values": values, "raw_advantages": advantages,
-            "advantages": whiten(advantages, r.mask), "returns": returns, "scores": scores,
-            "length": length, "ended": r.ended, "tokens_per_second": int(r.mask.sum()) / seconds}
-
-
-def cut(e, rows, *names):
-    """Rows of the episodes, cut to the longest of them: tokens (b,t) and the named tensors, (b,t-1) each."""
-    t = int(e["length"][rows].max())
-    return [e["tokens"][rows, :t]] + [e[name][rows, :t - 1] for name in names]
+    return {**e, "scores": scores, "ref_logprobs": ref, "rewards": rewards, "values": values,
+            "raw_advantages": advantages, "advantages": whiten(advantages, r.mask), "returns": returns}
 
 
 def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
@@ -946,7 +940,7 @@ def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
     generator, policy, reference = seed(cfg, method), copy_of(model), freeze(model)
     data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
-    plan = epochs([len(x) for x, _, _ in data], cfg.rm_batch, 1, generator)
+    plan = batches([len(x) for x, _, _ in data], cfg.rm_batch, 1, generator)
     optimizer = adamw(policy, cfg.policy_lr)
     size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, as for the reward model
     for step in log.steps(method, len(plan), model=policy, optimizer=optimizer):

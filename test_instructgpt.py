@@ -195,12 +195,14 @@ def test_action_frame_of_stack():
 
 def test_batches_hold_every_row_once_and_little_filler():
     lengths = torch.randint(1, 60, (1000,), generator=seeded(0)).tolist()
-    cut = ig.batches(lengths, 32, seeded(1))
+    cut = ig.batches(lengths, 32, 1, seeded(1))
     assert sorted(sum(cut, [])) == list(range(1000)) and sorted(map(len, cut)) == [8] + [32] * 31
     filler = lambda batches: sum(max(lengths[i] for i in b) - lengths[j] for b in batches for j in b)
     shuffled = torch.randperm(1000, generator=seeded(2)).tolist()
     assert filler(cut) < 0.25 * filler([shuffled[s:s + 32] for s in range(0, 1000, 32)])
-    assert cut == ig.batches(lengths, 32, seeded(1)) != ig.batches(lengths, 32, seeded(3))
+    assert cut == ig.batches(lengths, 32, 1, seeded(1)) != ig.batches(lengths, 32, 1, seeded(3))
+    first, second = ig.batches(lengths, 32, 2, seeded(1))[:32], ig.batches(lengths, 32, 2, seeded(1))[32:]
+    assert first == cut and second != cut and sorted(sum(second, [])) == list(range(1000))
     means = [sum(lengths[i] for i in b) / len(b) for b in cut]
     assert means != sorted(means)  # else training would see short rows first
 
@@ -1545,14 +1547,14 @@ def test_section_c4_what_is_scored_is_what_was_sampled_from(enc, sets, small_cor
 def test_section_c4_rows_scored_by_length_come_back_in_their_places(times):
     model = tiny()
     r = ig.rollout(model, PROMPTS * times, 12, EOS, 1.0, seeded(1))
-    lengths = r.prompt_lens + r.mask.sum(1)
+    e = {"tokens": r.tokens, "mask": r.mask, "length": r.prompt_lens + r.mask.sum(1)}
 
     def logprobs(tokens, mask, n):
         assert len(n) <= 16 and n.max() == tokens.size(1) == mask.size(1) + 1        # no filler for all
         return ig.token_logprobs(model, tokens, 1.0, mask)
     with torch.no_grad():
-        close(ig.by_length(logprobs, r, lengths), r.logprobs, atol=1e-5, rtol=0)
-    assert torch.equal(ig.by_length(lambda tokens, mask, n: n, r, lengths), lengths)
+        close(ig.by_length(logprobs, e), r.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(ig.by_length(lambda tokens, mask, n: n, e), e["length"])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
