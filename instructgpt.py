@@ -128,7 +128,7 @@ class Config:
     value_lr: float = setting(1e-3, "value net's learning rate, fixed", "9e-6", "ppo")
     warmup: int = setting(10, "warm-up iterations from a tenth of the peak, constant after it", "10", "ppo")
     beta: float = setting(0.2, "KL coefficient, in units of score a nat", "0.02", "ppo")
-    ptx_coef: float = setting(1.0, "weight of the mix's loss; if given, one run only", "27.8", "ppo")
+    ptx_coef: float = setting(1.0, "weight of the pretraining loss; if given, RL runs once", "27.8", "ppo")
     ptx_rows: int = setting(1, "pretraining rows an episode", "8", "ppo")
     cliprange: float = setting(0.2, "PPO's clip of the ratio", "0.2", "ppo")
     value_clip: float = setting(0.2, "clip of the value's move", "not stated; 0.2 in its ancestors", "ppo")
@@ -817,13 +817,13 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
         tokens, mask, old, returns = cut(e, rows[i], "mask", "values", "returns")
         return value_loss(token_values(value_net, tokens, mask), old, returns, mask, cfg.value_clip)
 
-    # 5. PPO's gradient ...
     norm = lambda: torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
+    # 5. PPO's gradient ...
     accumulate(surrogate, weights, cfg.micro_batch)
     norms = {"|ppo|": norm(), "|ptx|": 0.0}
     # 6. ... and the pretraining gradient, for one optimizer step on the sum, Eq. 2 (C.4).
     if ptx_coef:
-        ppo_grads = [p.grad for p in policy.parameters()]
+        ppo_grads = [p.grad for p in policy.parameters()]  # set aside, so that each norm can be logged
         optimizers[0].zero_grad()
         accumulate(lambda i: ptx_coef * lm_loss(policy, text[i]), torch.ones(len(text)), cfg.micro_batch)
         norms["|ptx|"] = norm()
