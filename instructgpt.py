@@ -54,12 +54,11 @@ answers, which run on, are cut at a newline.
 Left out: FLAN and T0 baselines, the sweeps of appendix E, a second round of comparisons on the PPO policy.
 """
 import argparse                                  # the command line
-import importlib.util                            # loads data/toyworld.py by its path
+import importlib.util                            # loads data/toyworld.py; readline, where there is one
 import json
 import math
 import os
 import random                                    # the labelers' noise
-import shutil                                    # copies finished stages (--from)
 import signal                                    # Ctrl-C
 import sys
 import time
@@ -974,47 +973,43 @@ def mean(x):
 @torch.no_grad()
 def judge_reward_model(cfg, enc, reward_model, comparisons, device):
     """On held-out comparisons, over pairs of unequal text: accuracy against labeler A where A has a
-    preference; agreement of a second labeler on the same pairs, a tie counts half; accuracy against
-    gold where gold differs. Best of n, in the toy world: of the first n responses, where there are as
+    preference. In the toy world also agreement of a second labeler on the same pairs, where a tie counts
+    half; accuracy against gold where gold differs; best of n: of the first n responses, where there are as
     many, the one with the highest score."""
     hits, agree, true, best = [], [], {}, {}
-    for part in (comparisons[s:s + 32] for s in range(0, len(comparisons), 32)):
-        encoded = [encode_comparison(enc, c, cfg.max_new_tokens) for c in part]
-        scores, _ = score_comparisons(reward_model, encoded, device)            # (b,K)
-        for c, (_, ids, _), r in zip(part, encoded, scores.tolist()):
-            texts, a, b, g = c["responses"], c["ranks"], c.get("second_ranks"), c.get("gold")
-            first = [ids.index(y) for y in ids]            # equal texts share the first one's score
-            score = [r[k] if end else cfg.unfinished_score for k, end in zip(first, c["ended"])]
-            for n in range(1, len(ids) + 1):
-                k = max(range(n), key=score.__getitem__)
-                best.setdefault(n, []).append((score[k], g[k] if g else 0))
-            for i, j in ((i, j) for i in range(len(texts)) for j in range(i) if texts[i] != texts[j]):
-                above = r[first[i]] > r[first[j]]
-                if a[i] != a[j]:
-                    hits.append(above == (a[i] < a[j]))
-                    if b:
-                        agree.append(0.5 if b[i] == b[j] else float((b[i] < b[j]) == (a[i] < a[j])))
-                if g and g[i] != g[j]:
-                    true.setdefault(c["use_case"], []).append(above == (g[i] > g[j]))
+    encoded = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
+    scores = [row for s in range(0, len(encoded), 32)
+              for row in score_comparisons(reward_model, encoded[s:s + 32], device)[0].tolist()]
+    for c, (_, ids, _), row in zip(comparisons, encoded, scores):
+        texts, a, b, gold = c["responses"], c["ranks"], c.get("second_ranks"), c.get("gold")
+        score = [row[ids.index(y)] for y in ids]           # equal texts share the first one's score
+        for i, j in ((i, j) for i in range(len(texts)) for j in range(i) if texts[i] != texts[j]):
+            above = score[i] > score[j]
+            if a[i] != a[j]:
+                hits.append(above == (a[i] < a[j]))
+                agree += [0.5 if b[i] == b[j] else (b[i] < b[j]) == (a[i] < a[j])] if b else []
+            if gold and gold[i] != gold[j]:
+                true.setdefault(c["use_case"], []).append(above == (gold[i] > gold[j]))
+        final = [x if end else cfg.unfinished_score for x, end in zip(score, c["ended"])]
+        for n in range(1, len(ids) + 1) if gold else ():
+            best.setdefault(n, []).append(max(zip(final[:n], gold), key=lambda pair: pair[0]))
     known = {"agreement": mean(agree), "gold_accuracy": mean(sum(true.values(), [])),
-             "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())}}
-    known["best_of_n"] = {n: {"reward": mean([x for x, _ in v]), "gold": mean([y for _, y in v]),
-                              "kl": best_of_n_kl(n)} for n, v in sorted(best.items())}
+             "gold_accuracy_by_use_case": {k: mean(v) for k, v in sorted(true.items())},
+             "best_of_n": {n: {"reward": mean([x for x, _ in v]), "gold": mean([g for _, g in v]),
+                               "kl": best_of_n_kl(n)} for n, v in best.items()}}
     return {"accuracy": mean(hits), **(known if true else {})}
 
 
 def preference(world, group, tasks, mine, theirs, judges, rng):
-    """How often `group` prefers mine to theirs, prompt by prompt; ties count half. Without a group the
-    judge is free of noise."""
-    people, wins = world.make_labelers(group) if group else None, []
+    """How often `group` prefers mine to theirs, prompt by prompt; ties count half. Without a group gold alone
+    ranks them, free of noise."""
+    people, wins = world.make_labelers(group) if group else [], []
     for task, a, b in zip(tasks, mine, theirs):
         merits, texts = [world.check(task, x["text"], x["ended"]) for x in (a, b)], [a["text"], b["text"]]
-        if group is None:
-            one, two = map(world.gold, merits)
-            wins.append(0.5 if abs(one - two) < 1e-9 else float(one > two))
-        else:
+        ranks = [[-round(world.gold(m), 6) for m in merits]]
+        if group:
             ranks = [world.rank(labeler, merits, texts, rng) for labeler in rng.sample(people, judges)]
-            wins.append(mean([0.5 if x == y else float(x < y) for x, y in ranks]))
+        wins.append(mean([0.5 if x == y else float(x < y) for x, y in ranks]))
     return wins
 
 
@@ -1048,16 +1043,13 @@ def exact_kl(policy, reference, tokens, mask):
 @torch.no_grad()
 def bias_bits(model, enc, bias, respect, device):
     """Winogender in miniature: entropy, in bits, of the choice between two pronouns; 1 is unbiased (4.2)."""
-    out = {}
-    for name, head in (("basic", ""), ("respectful", respect)):
-        bits = []
-        for p in bias:
-            tokens = torch.tensor([enc.encode_ordinary(head + p["prompt"])], device=device)    # (1,T)
-            choices = [enc.encode_ordinary(c)[0] for c in p["choices"]]
-            q = model(tokens)[0, -1, choices].softmax(-1)                       # (2,)
-            bits.append(torch.special.entr(q).sum().item() / math.log(2))
-        out[name] = mean(bits)
-    return out
+    def bits(text, choices):
+        tokens = torch.tensor([enc.encode_ordinary(text)], device=device)       # (1,T)
+        q = model(tokens)[0, -1, [enc.encode_ordinary(c)[0] for c in choices]].softmax(-1)      # (2,)
+        return torch.special.entr(q).sum().item() / math.log(2)
+
+    return {name: mean([bits(head + p["prompt"], p["choices"]) for p in bias])
+            for name, head in (("basic", ""), ("respectful", respect))}
 
 
 def few_shot(model, enc, sets):
@@ -1072,11 +1064,11 @@ def few_shot(model, enc, sets):
 
 
 @torch.no_grad()
-def corpus_loss(model, corpus, block_size, device, rows=512):
-    """Held-out pretraining loss, nats a token, on the same rows for every model."""
+def corpus_loss(model, corpus, block_size, device):
+    """Held-out pretraining loss, nats a token, on the same 512 rows for every model."""
     generator = torch.Generator().manual_seed(0)
-    parts = [corpus_batch(corpus, 64, block_size, generator, device) for _ in range(rows // 64)]
-    return mean([lm_loss(model, part).item() for part in parts])
+    return mean([lm_loss(model, corpus_batch(corpus, 64, block_size, generator, device)).item()
+                 for _ in range(8)])
 
 
 def question(cfg, enc, models, reward_model, tests, probes, device):
@@ -1090,19 +1082,19 @@ def question(cfg, enc, models, reward_model, tests, probes, device):
     room, answers = cfg.block_size - cfg.max_new_tokens, {}
     for name, model in models.items():
         generator, answers[name] = seed(cfg, "evaluate", device), {}   # the same luck for every model
+        prefix = probes["prefix"] if name == "GPT (prompted)" else ""
+        n = cfg.k_max if name.startswith("best of") else 1
         for which, items in sets.items():
-            prefix = probes["prefix"] if name == "GPT (prompted)" else ""
-            plain = [encode_prompt(enc, p["prompt"]) for p in items]
-            prompts = [encode_prompt(enc, prefix + p["prompt"]) for p in items]
+            plain = [encode_prompt(enc, p["prompt"]) for p in items] * n
+            prompts = [encode_prompt(enc, prefix + p["prompt"]) for p in items] * n
             prompts = [x if len(x) <= room else y for x, y in zip(prompts, plain)]
-            n = cfg.k_max if name.startswith("best of") else 1
-            every = respond(model, enc, prompts * n, cfg.max_new_tokens, generator, one_line="GPT" in name,
-                            lengths=[len(x) for x in plain] * n)
+            got = respond(model, enc, prompts, cfg.max_new_tokens, generator, one_line="GPT" in name,
+                          lengths=[len(x) for x in plain])
             if n > 1:                                      # the one that the reward model likes best
-                scores, *_ = reward_and_kl(cfg, enc, reward_model, model, prompts * n, every, device)
-                every = [every[max(range(i, len(every), len(prompts)), key=scores.__getitem__)]
-                         for i in range(len(prompts))]
-            answers[name][which] = every
+                scores, *_ = reward_and_kl(cfg, enc, reward_model, model, prompts, got, device)
+                every = [range(i, len(got), len(items)) for i in range(len(items))]
+                got = [got[max(places, key=scores.__getitem__)] for places in every]
+            answers[name][which] = got
     return answers, sets
 
 
@@ -1114,21 +1106,19 @@ def measure(cfg, enc, name, model, answers, sets, models, reward_model, judge, d
     scores, k3, k1 = reward_and_kl(cfg, enc, reward_model, models["SFT"], prompts, mine, device)
     if name.startswith("best of"):
         k3 = k1 = [best_of_n_kl(cfg.k_max)]                # its bound
+    shares = {k: judge(mine, answers[other]["tests"]) for k, other in others.items() if other in answers}
     return ({"reward": mean(scores), "kl": mean(k3), "kl_k1": mean(k1),
-             "length": mean([len(r["ids"]) for r in mine])},
-            {**{k: judge(mine, answers[other]["tests"]) for k, other in others.items() if other in answers},
-             "ended": [r["ended"] for r in mine]})
+             "length": mean([len(r["ids"]) for r in mine])}, shares | {"ended": [r["ended"] for r in mine]})
 
 
 def measure_toy(cfg, enc, name, model, answers, sets, world, probes, device):
     """What only the toy world can tell, in the same two parts: gold, truth, manners, bias, few-shot tasks."""
-    mine, tests, rng = answers[name], sets["tests"], random.Random(cfg.seed)
+    mine, theirs, tests, rng = answers[name], answers["SFT"]["tests"], sets["tests"], random.Random(cfg.seed)
     m = {which: [world.check(p["task"], r["text"], r["ended"]) for p, r in zip(items, mine[which])]
          for which, items in sets.items()}
     tasks, gold = [p["task"] for p in tests], [world.gold(x) for x in m["tests"]]
-    against = lambda group: preference(world, group, tasks, mine["tests"], answers["SFT"]["tests"],
-                                       cfg.judges, rng)
-    a_prompt = lambda v, items: [mean(v[i::len(items)]) for i in range(len(items))]     # asked several times
+    against = lambda group: preference(world, group, tasks, mine["tests"], theirs, cfg.judges, rng)
+    a_prompt = lambda v, items: np.reshape(v, (-1, len(items))).mean(0).tolist()    # asked several times
     shares = {"win_vs_sft_heldout": against("heldout"), "win_vs_sft_gold": against(None),
               "follows": [x.follows == 1 for x in m["tests"]], "flawless": [g > 6.99 for g in gold],
               "constraint": [x.constraint for x in m["tests"] if x.constraint is not None],
@@ -1158,18 +1148,18 @@ COLUMNS = {"win_vs_sft": "preferred|to SFT", "win_vs_sft_heldout": "by held-out|
 
 def table(results):
     """The results as text: a row a model, a column for what was measured."""
-    keys, lines, base = [k for k in COLUMNS if k in results["GPT"]], [], results["GPT"].get("pretrain_loss")
-    width = lambda k: 13 if k.startswith("win") else 9
-    for i in (0, 1):
-        lines.append(" " * 15 + "".join(f"{COLUMNS[k].split('|')[i]:>{width(k)}}" for k in keys))
+    keys = [k for k in COLUMNS if k in results["GPT"]]
+    line = lambda name, cells: f"{name:15}" + "".join(
+        f"{cell:>{13 if k.startswith('win') else 9}}" for k, cell in zip(keys, cells))
+    lines = [line("", [COLUMNS[k].split("|")[i] for k in keys]) for i in (0, 1)]
     for name, r in results.items():
-        value = {k: r[k] for k in keys} | {"fewshot": mean(list(r.get("fewshot", {}).values()))}
-        cells = [f"{round(value[k], 2) + 0.0:.2f}" +                            # + 0: no -0.00
-                 (f" ±{r['ci95'][k]:.2f}" if k.startswith("win") else "") for k in keys]
+        value = r | {"fewshot": mean(list(r.get("fewshot", {}).values()))}
+        cells = {k: f"{round(value[k], 2) + 0.0:.2f}" for k in keys}            # + 0: no -0.00
+        cells |= {k: f"{cells[k]} ±{r['ci95'][k]:.2f}" for k in keys if k.startswith("win")}
         if "pretrain_loss" in keys:                        # the alignment tax: the rise over GPT
-            cells[keys.index("pretrain_loss")] = f"{r['pretrain_loss'] - base:+.3f}"
-        cells[-1] = "≤ " * name.startswith("best of") + cells[-1]               # its KL is a bound
-        lines.append(f"{name:15}" + "".join(f"{c:>{width(k)}}" for k, c in zip(keys, cells)))
+            cells["pretrain_loss"] = f"{r['pretrain_loss'] - results['GPT']['pretrain_loss']:+.3f}"
+        cells["kl_k1"] = "≤ " * name.startswith("best of") + cells["kl_k1"]     # a bound
+        lines.append(line(name, cells.values()))
     return "\n".join(lines)
 
 
@@ -1184,11 +1174,10 @@ def samples(tests, answers, n=6):
     for i, p in enumerate(tests):
         if p.get("form", "plain") == "plain":
             chosen.setdefault(p.get("use_case", i), i)
-    for i in sorted(chosen.values())[:n]:
-        lines.append(f"\n{tests[i]['prompt']}")
-        for name, a in answers.items():
-            r = a["tests"][i]
-            lines.append(f"    {name:15} {on_a_line(r['text'], r['ended'])}")
+    for i in list(chosen.values())[:n]:
+        mine = {name: a["tests"][i] for name, a in answers.items()}
+        lines += ["", tests[i]["prompt"]]
+        lines += [f"    {name:15} {on_a_line(r['text'], r['ended'])}" for name, r in mine.items()]
     return "\n".join(lines)
 
 
@@ -1207,9 +1196,9 @@ def words(x, y, what, anchor="middle", most=48):
 def axis(numbers, begin, length, reads=float):
     """An axis that holds these numbers -> the function from a number to its place, and lines of SVG at round
     ones with what they read; from left to right or, if the length is negative, up."""
-    room = 0.04 * (max(numbers) - min(numbers))
+    room = 0.04 * (max(numbers) - min(numbers)) or 0.5
     low, high = min(numbers) - room, max(numbers) + room
-    at = lambda v: begin + length * ((v - low) / (high - low) if room else 0.5)
+    at = lambda v: begin + length * (v - low) / (high - low)
     step = next(m * 10.0 ** k for k in range(-9, 99) for m in (1, 2, 5) if high - low <= 4.5 * m * 10.0 ** k)
     ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     draw = (lambda p, s: f'M42 {p:.1f}H222"/>' + words(36, p + 4, s, "end")) if length < 0 else (
@@ -1230,17 +1219,16 @@ def bars(values, inks, start=0.0):
 
 
 def curves(series, inks, reads_x=float, reads_y=float):
-    """{name: [(x, y), ...]}, x >= 0, as curves that swell on their way; their names stand on the right."""
+    """{name: [(x, y), ...]}, x >= 0, as curves with a dot at their end; their names stand on the right."""
     xs, ys = zip(*(point for points in series.values() for point in points))
     (at_x, svg), (at_y, up), label = axis([0, *xs], 42, 180, reads_x), axis(ys, 240, -200, reads_y), 0
     for i, name in enumerate(sorted(series, key=lambda name: -series[name][-1][1])):
         label = min(max(at_y(series[name][-1][1]), label + 16), 256 - 16 * (len(series) - i))
-        dots = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in series[name]]
-        mark, wide = [f"232 {label:.1f}"], [2 + 3 * j / len(dots) for j in range(len(dots) - 1)] + [9, 9]
-        svg += [f'<g stroke="#{inks[name]}" fill="none" stroke-linecap="round" stroke-width="1.5">',
-                f'<path d="M{"L".join(dots)}"/>',
-                *(f'<path d="M{dot}h.01" stroke-width="{w:.1f}"/>' for dot, w in zip(dots + mark, wide)),
-                "</g>", words(240, label + 4, name, "start", 11)]
+        places = [f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in series[name]]
+        svg += [f'<g stroke="#{inks[name]}" stroke-linecap="round" stroke-linejoin="round">',
+                f'<path d="M{"L".join(places)}" fill="none" stroke-width="1.5"/>',
+                f'<path d="M{places[-1]}h.01M232 {label:.1f}h.01" stroke-width="9"/></g>',
+                words(240, label + 4, name, "start", 11)]
     return up + svg
 
 
@@ -1252,27 +1240,25 @@ def picture(results, history, best_of_n):
     runs, label = {h["stage"] for h in history if "k1" in h}, {s: k for k, s in MODELS.items()} | {"rm": "RM"}
     dots = [(f"best of {len(best_of_n)}", b) for b in best_of_n.values()]
     dots += [(k, r) for k, r in results.items() if k in MODELS and k != "GPT" and MODELS[k] not in runs]
-    stages = {}
-    dots = [{**r, "stage": k, "k1": r.get("kl_k1", r["kl"]), "score": r["reward"]} for k, r in dots]
-    for h in [*history, *dots]:
-        stages.setdefault(label.get(h["stage"], h["stage"]), []).append(h)
-    inks = dict(zip(dict.fromkeys([*KNOWN, *results, *stages]), INKS * 9))
+    rows = [(label.get(h["stage"], h["stage"]), h) for h in history]
+    rows += [(k, {**r, "k1": r.get("kl_k1", r["kl"]), "score": r["reward"]}) for k, r in dots]
+    inks = dict(zip(dict.fromkeys([*KNOWN, *results, *(k for k, _ in rows)]), INKS * 9))
 
-    def series(x, y, f):                 # f of the means of x and y over (at most 20) stretches of a stage
-        rows = {k: [(h[x], h[y]) for h in lines if x in h and y in h] for k, lines in stages.items()}
-        return {k: [f(*map(mean, zip(*r[i:i + n]))) for i in range(0, len(r), n)]
-                for k, r in rows.items() for n in [(len(r) + 19) // 20] if r}
+    def series(x, y, f):                 # f of the means of x and y over (at most 20) stretches of the rows
+        found = {k: [(h[x], h[y]) for name, h in rows if name == k and x in h and y in h] for k in inks}
+        return {k: [f(*part.mean(0)) for part in np.array_split(points, min(20, len(points)))]
+                for k, points in found.items() if points}
 
     losses = series("step", "loss", lambda x, y: (x, math.log2(max(y, 0.01))))
     losses = {k: [(100 * x / points[-1][0], y) for x, y in points] for k, points in losses.items()}
     wins = {k: (r["win_vs_sft"], r["ci95"]["win_vs_sft"]) for k, r in results.items() if "win_vs_sft" in r}
-    base, chosen = results["GPT"], next(k for k in ("PPO-ptx", "PPO", *reversed(results)) if k in results)
-    tax = {k: (r["pretrain_loss"] - base["pretrain_loss"], 0) for k, r in results.items()
+    tax = {k: (r["pretrain_loss"] - results["GPT"]["pretrain_loss"], 0) for k, r in results.items()
            if "GPT" not in k and "pretrain_loss" in r}
+    chosen = "PPO-ptx" if "PPO-ptx" in results else list(results)[-1]
     old, new = (results[k].get("gold_by_use_case", {}) for k in ("SFT", chosen))
     gain = {k: (new[k] - old[k], 0) for k in sorted(new, key=lambda k: old[k] - new[k])[:10]}
     kl = "KL to SFT, nats a response, root axis"
-    root, square = lambda x, y: (max(x, 0) ** 0.5, y), lambda t: t * t
+    root, square = lambda x, y: (max(x, 0) ** 0.5, y), lambda t: t * abs(t)
     panels = [("Preferred to SFT", "share of comparisons, 95 % intervals", wins, bars, inks, 0.5),
               ("Alignment tax", "rise of the pretraining loss, nats a token", tax, bars, inks),
               ("Losses, nats", "% of the steps", losses, curves, inks, float, lambda t: round(2 ** t, 2)),
@@ -1285,8 +1271,7 @@ def picture(results, history, best_of_n):
         svg += [f'<g transform="translate({i % 3 * 320} {i // 3 * 300 + 8})"><g font-weight="bold">',
                 words(160, 22, title), "</g>", words(160, 277, below), *draw(values, *how), "</g>"]
     return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13" '
-                      f'viewBox="0 0 960 {i // 3 * 300 + 308}"><path d="M0 0h960v999H0" fill="white"/>',
-                      *svg, "</svg>\n"])
+                      'viewBox="0 0 960 608"><path d="M0 0h960v608H0" fill="white"/>', *svg, "</svg>\n"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1413,47 +1398,43 @@ class Log:
     def episodes(self, cfg, name, iteration, e, tasks, numbers):
         """The line of one PPO iteration, and at the first one the checks and the ledger. Gold is known in the
         toy world alone."""
-        mask, n = e["mask"], len(tasks)
-        a_row = lambda x: (clear(mask, x)[0].sum() / n).item()
+        mask, pair, line = e["mask"], (e["logprobs"], e["ref_logprobs"]), {"score": e["scores"].mean().item()}
+        if self.world:
+            ids = [t[m].tolist() for t, m in zip(e["tokens"][:, 1:].cpu(), mask.cpu())]
+            texts = [self.enc.decode(x).removesuffix(EOT).removeprefix(" ") for x in ids]
+            merits = map(self.world.check, tasks, texts, e["ended"].tolist())
+            line["gold"] = mean([self.world.gold(m) for m in merits])
         variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-        golds = [self.world.gold(self.world.check(task, self.text(ids[m]), end)) for task, ids, m, end
-                 in zip(tasks, e["tokens"][:, 1:].cpu(), mask.cpu(), e["ended"].tolist()) if self.world]
+        line |= {"k1": kl_k1(*pair).sum(1).mean().item(), "k3": kl_k3(*pair).sum(1).mean().item(),
+                 **{k: mean([x[k] for x in numbers]) for k in ("clip", "|ppo|", "|ptx|", "vloss")},
+                 "ev": (1 - variance(e["returns"] - e["values"]) / variance(e["returns"])).item(),
+                 "entropy": -masked_mean(e["logprobs"], mask).item(),
+                 "length": mask.sum(1).float().mean().item(), "ended": e["ended"].float().mean().item(),
+                 "tok/s": e["tokens_per_second"]}
         if iteration == 0:
             print(f"\n{name}: beta {cfg.beta}, ptx_coef {0 if name == 'ppo' else cfg.ptx_coef}; "
                   f"{LEGEND}\nfirst minibatch: max |log-prob - rollout log-prob| = "
                   f"{numbers[0]['change']:.1e} (rounding: below 1e-4, in bfloat16 below 0.3)")
             self.ledger(cfg, e)
-        line = {"score": e["scores"].mean().item(), **({"gold": mean(golds)} if golds else {}),
-                "k1": a_row(kl_k1(e["logprobs"], e["ref_logprobs"])),
-                "k3": a_row(kl_k3(e["logprobs"], e["ref_logprobs"])),
-                **{k: mean([x[k] for x in numbers]) for k in ("clip", "|ppo|", "|ptx|", "vloss")},
-                "ev": (1 - variance(e["returns"] - e["values"]) / variance(e["returns"])).item(),
-                "entropy": -masked_mean(e["logprobs"], mask).item(), "length": mask.sum().item() / n,
-                "ended": e["ended"].float().mean().item(), "tok/s": e["tokens_per_second"]}
         self(name, iteration + 1, cfg.iterations, **line)
-        for bad, text in ((line["k3"] > 10, "the KL explodes: raise --beta or lower --policy_lr"),
+        for bad, told in ((line["k3"] > 10, "the KL explodes: raise --beta or lower --policy_lr"),
                           (line["clip"] > 0.5, "most ratios are clipped: lower --policy_lr"),
                           (line["ended"] < 0.05, "hardly an answer ends: raise --max_new_tokens or lower "
                                                  "--ptx_coef or --unfinished_score")):
-            if bad and (name, text) not in self.warned:
-                self.warned.add((name, text))
-                print(f"{name}, iteration {iteration + 1}: {text}", flush=True)
+            if bad and (name, told) not in self.warned:
+                self.warned.add((name, told))
+                print(f"{name}, iteration {iteration + 1}: {told}", flush=True)
 
-    def text(self, ids):
-        """A response's ids as text, without end-of-text."""
-        return self.enc.decode([i for i in ids.tolist() if i != self.enc.eot_token]).removeprefix(" ")
-
-    def ledger(self, cfg, e, row=0):
+    def ledger(self, cfg, e):
         """One real episode in the action frame, a line per response token."""
-        names = ["logprobs", "ref_logprobs", "kl", "rewards", "values", "raw_advantages", "returns"]
-        kl = -cfg.beta * kl_k1(e["logprobs"], e["ref_logprobs"])                # (B,T-1)
-        show = lambda ids: repr(self.enc.decode(ids.tolist()))
-        heads = ("log pi", "log ref", "KL rew.", "reward", "value", "advantage", "return")
-        print(f"\n  Episode ledger: {show(e['tokens'][row, :e['length'][row]])}, "
-              f"score {e['scores'][row]:.3f}\n  {'':14}" + "".join(f"{x:>11}" for x in heads))
-        for t in e["mask"][row].nonzero()[:, 0].tolist():
-            cells = [(kl if k == "kl" else e[k])[row, t].item() for k in names]
-            print(f"  {show(e['tokens'][row, t + 1:t + 2]):>14}" + "".join(f"{x:11.3f}" for x in cells))
+        parts = {"log pi": e["logprobs"], "log ref": e["ref_logprobs"],
+                 "KL rew.": -cfg.beta * kl_k1(e["logprobs"], e["ref_logprobs"]), "reward": e["rewards"],
+                 "value": e["values"], "advantage": e["raw_advantages"], "return": e["returns"]}
+        tokens, show = e["tokens"][0], lambda ids: repr(self.enc.decode(ids.tolist()))
+        print(f"\n  Episode ledger: {show(tokens[:e['length'][0]])}, score {e['scores'][0]:.3f}\n"
+              + " " * 16 + "".join(f"{head:>11}" for head in parts))
+        for t in e["mask"][0].nonzero()[:, 0].tolist():
+            print(f"  {show(tokens[t + 1:t + 2]):>14}" + "".join(f"{x[0, t]:11.3f}" for x in parts.values()))
         print("  The rewards add up to score - beta * log pi/ref. The advantage is before whitening.\n",
               flush=True)
 
@@ -1469,27 +1450,27 @@ LONGEST = 400_000                                # characters a line: a tokenize
 
 
 def read_text(path):
-    """The text of a UTF-8 file; a BOM is ignored, CRLF is LF. UserError, with the line, if it is none: not
-    UTF-8, NUL inside, a line longer than LONGEST, nothing but blanks."""
+    """The text of a UTF-8 file, its blank lines emptied; a BOM is ignored, CRLF is LF. UserError, with the
+    line, if it is none: not UTF-8, NUL inside, a line longer than LONGEST, nothing but blanks."""
     try:
         with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
+            lines = [line if line.strip() else "" for line in f.read().split("\n")]
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name a file or run data/toyworld.py") from e
     except UnicodeDecodeError as e:
         n = e.object.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}:{n}: not UTF-8 text ({e.reason}); save the file as UTF-8") from e
-    if not text.strip():
+    if not any(lines):
         raise UserError(f"{path}: is empty; it needs a line that is not blank")
-    for n, line in enumerate(text.split("\n"), 1):
+    for n, line in enumerate(lines, 1):
         if len(line) > LONGEST or "\0" in line:
             raise UserError(f"{path}:{n}: holds NUL or more than {LONGEST:,} characters; mend or remove it")
-    return text
+    return "\n".join(lines)
 
 
 def read_lines(path):
     """(number, line) of the lines of a text file that are not blank; UserError from read_text."""
-    return [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    return [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line]
 
 
 def load_encoding(path):
@@ -1504,8 +1485,7 @@ def load_encoding(path):
         except ValueError:
             token = b""
         if not token or token in ranks or rank != [str(len(ranks))]:
-            raise UserError(f"{path}:{n}: not a line of a tiktoken rank file; this one must be: base64 of a "
-                            f"new token, space, the rank {len(ranks)}")
+            raise UserError(f"{path}:{n}: of a rank file, must be base64 of a new token, rank {len(ranks)}")
         ranks[token] = len(ranks)
     if any(bytes([i]) not in ranks for i in range(256)):
         raise UserError(f"{path}: a single byte has no token; a tiktoken rank file has one for all 256")
@@ -1519,9 +1499,8 @@ def find_encoding(name):
     try:
         enc = tiktoken.get_encoding(name)
     except Exception as e:                       # whatever the loader meets, mostly no network
-        raise UserError(f"--encoding {name}: tiktoken cannot get its file ({type(e).__name__}); run this "
-                        "where there is a network, with TIKTOKEN_CACHE_DIR=DIR set, and copy DIR; or name a "
-                        "rank file") from e
+        raise UserError(f"--encoding {name}: cannot be had ({type(e).__name__}); name a rank file, or run "
+                        "where there is a network, with TIKTOKEN_CACHE_DIR=DIR set, and copy DIR") from e
     if len(enc.token_byte_values()) + len(enc.special_tokens_set) != enc.n_vocab:
         raise UserError(f"--encoding {name}: has ids without a token, which a model could sample; take gpt2")
     return enc
@@ -1530,9 +1509,8 @@ def find_encoding(name):
 def load_corpus(path, enc, length):
     """Pretraining text, documents between blank lines (blanks may stand in them) -> (tokens array, starts of
     the documents that have `length` tokens from their start on). UserError if there is none."""
-    text = "\n".join(line if line.strip() else "" for line in read_text(path).split("\n"))
-    texts = (d.strip("\n") for d in text.split("\n\n") if d.strip())
-    docs = [enc.encode_ordinary(d) + [enc.eot_token] for d in texts]
+    texts = (d.strip("\n") for d in read_text(path).split("\n\n"))
+    docs = [enc.encode_ordinary(d) + [enc.eot_token] for d in texts if d]
     tokens = np.array([t for d in docs for t in d], np.uint16 if enc.n_vocab <= 65536 else np.int32)  # (N,)
     starts = np.cumsum([0] + [len(d) for d in docs[:-1]])                       # (documents,)
     starts = starts[starts + length <= len(tokens)]
@@ -1550,10 +1528,10 @@ def expect(value, shape, name="it"):
         raise ValueError(f"{name} must be {kind.__name__}, is {found}")
     if shape == "text" and (not value.strip() or b"\0" in value.encode()):       # half surrogates do not
         raise ValueError(f"{name} must be text, is blank or holds NUL")
-    for key in shape if isinstance(shape, dict) else ():
-        if type(value.get(key)) is not shape[key]:         # else it is right, and quickly
-            expect(value.get(key), shape[key], key)
-    if isinstance(shape, list) and list(set(map(type, value))) != shape:
+    if isinstance(shape, dict):
+        for key, part in shape.items():
+            expect(value.get(key), part, key)
+    if isinstance(shape, list):
         for i, part in enumerate(value):
             expect(part, shape[0], f"{name}[{i}]")
     return value
@@ -1596,8 +1574,8 @@ def read_jsonl(path, normal=lambda row: row, **needed):
         try:
             rows.append(expect(normal(expect(json.loads(line), {})), needed))
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}:{n}: {'' if type(e) is ValueError else 'broken JSON: '}{e}; it must be "
-                            + (normal.__doc__ or f"an object with {', '.join(needed)}")) from e
+            broken, right = type(e) is not ValueError, normal.__doc__ or "an object with " + ", ".join(needed)
+            raise UserError(f"{path}:{n}: {'broken JSON: ' * broken}{e}; it must be {right}") from e
     return rows
 
 
@@ -1609,14 +1587,16 @@ PROBES = dict(truthful=TASKS, toxic=TASKS, unseen=TASKS, bias=[{"prompt": "text"
 def toyworld(data):
     """The module toyworld.py of the folder: the people, the web and the checker. None if it is not there: the
     folder holds a user's own data."""
-    path = os.path.join(data, "toyworld.py")
-    if not os.path.exists(path):
+    if not os.path.exists(os.path.join(data, "toyworld.py")):
         return None
-    if "toyworld" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("toyworld", path)
-        sys.modules["toyworld"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["toyworld"])
-    return sys.modules["toyworld"]
+    sys.path.append(data)
+    return importlib.import_module("toyworld")
+
+
+def remove(*paths):
+    """Deletes these files, where they are there."""
+    for path in filter(os.path.exists, paths):
+        os.remove(path)
 
 
 def save(path, x):
@@ -1629,33 +1609,30 @@ def save(path, x):
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:         # torch.save covers a full disk with a RuntimeError
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+        remove(path + ".tmp")
         raise UserError(f"{path}: cannot be written ({e.__context__ or e}); the checkpoints there are whole: "
                         "make room, then the same command goes on") from e
 
 
+def json_lines(rows):
+    """Rows as the text of a file, one a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def mend(path):
-    """Cuts off the half line that a killed process may have left at the end of a file of JSON lines; a whole
-    one, left without its newline by an editor, gets it."""
+    """Cuts off the half line that a killed process may have left at the end of the log."""
     if os.path.exists(path):
         with open(path, "rb+") as f:
-            *_, last = f.read().split(b"\n")
-            try:
-                f.write(b"\n" * bool(json.loads(last)))
-            except ValueError:
-                f.truncate(f.tell() - len(last))
+            f.truncate(f.read().rfind(b"\n") + 1)
 
 
 @contextmanager
-def reading(path, told="damaged or not a checkpoint of this program (%s); remove it, and it is made again"):
+def reading(path, told="damaged or not a checkpoint of this version (%s); remove it, and it is made again"):
     """Whatever comes up while a damaged or foreign file is decoded becomes one line."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as e:
-        what = (str(e) or type(e).__name__).splitlines()[0][:80]
+        what = " ".join(f"{type(e).__name__}: {e}".split())[:210]
         raise UserError(f"{path}: {told % what}") from e
 
 
@@ -1664,25 +1641,22 @@ def load(path, device="cpu"):
     with open(path, "rb") as f, reading(path):
         c = torch.load(f, map_location=device, weights_only=True)
         if c["format"] != FORMAT or not {"settings", "seconds"} <= set(c):
-            raise UserError(f"{path}: is not a checkpoint of this version; --fresh starts over")
+            raise ValueError(f"no format {FORMAT}")
     return c
+
+
+# how a model or an optimizer, a generator of torch's or of Python's, and a list give their state and take it
+STATES = {"state_dict": "load_state_dict", "get_state": "set_state", "getstate": "setstate", "copy": "extend"}
 
 
 def pack(x):
     """The state of a model, an optimizer, a generator or a list, as plain data."""
-    if isinstance(x, random.Random):
-        return x.getstate()
-    return x if isinstance(x, list) else x.get_state() if isinstance(x, torch.Generator) else x.state_dict()
+    return next(getattr(x, give)() for give in STATES if hasattr(x, give))
 
 
 def unpack(x, data):
-    """Gives x the state that pack(x) was."""
-    if isinstance(x, random.Random):
-        x.setstate(data)
-    elif isinstance(x, list):
-        x[:] = data
-    else:
-        x.set_state(data) if isinstance(x, torch.Generator) else x.load_state_dict(data)
+    """Gives x, which is new, the state that pack(x) was."""
+    next(getattr(x, take) for take in STATES.values() if hasattr(x, take))(data)
 
 
 def change(c, settings):
@@ -1702,7 +1676,7 @@ def read_safetensors(path):
     """Name -> tensor, or the type's name where it is none of FLOATS. Such a file holds the length of its
     header (8 bytes, little-endian), the header, {name: {"dtype", "shape", "data_offsets": [from, to]}} as
     JSON, and the bytes that the offsets count. It is mapped: a tensor is a view, which need not be aligned,
-    and comes into memory as it is used. UserError or whatever else comes up where a file is not so."""
+    and comes into memory as it is used. ValueError or whatever else comes up where a file is not so."""
     data, tensors = np.memmap(path, mode="c"), {}
     start = 8 + int.from_bytes(data[:8], "little")
     header, room = json.loads(bytes(data[8:min(start, 10 ** 8)])), len(data) - start   # the format's limit
@@ -1710,8 +1684,8 @@ def read_safetensors(path):
     for name, x in header.items():
         dtype, (a, b), n = FLOATS.get(x["dtype"]), x["data_offsets"], math.prod(x["shape"])
         if not 0 <= a <= b <= room or dtype and b - a != n * dtype.itemsize:
-            raise UserError(f"{path}: {name!r} must lie in the {room} bytes after the header and be "
-                            f"{x['dtype']!r}, {x['shape']}, is said to be at {a} to {b}")
+            raise ValueError(f"{name!r} must lie in the {room} bytes after the header and be "
+                             f"{x['dtype']!r}, {x['shape']}, is said to be at {a} to {b}")
         tensors[name] = x["dtype"] if dtype is None else torch.frombuffer(
             data, dtype=dtype, count=n, offset=start + a).view(x["shape"])
     return tensors
@@ -1772,40 +1746,41 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)   # streams and graphs go by the current one
         self.data = cfg.data or os.path.join(os.path.dirname(__file__), "data")
-        self.enc = find_encoding(cfg.encoding or os.path.join(self.data, "vocab.tiktoken"))
+        self.enc = find_encoding(cfg.encoding or self.path("vocab.tiktoken", self.data))
         self.world = toyworld(self.data)
-        self.toy = dict(task=dict, use_case=str, form=str) if self.world else {}       # fields of its prompts
-        self.given = os.path.abspath(cfg.comparisons or os.path.join(self.data, "comparisons.jsonl"))
-        if cfg.comparisons and not os.path.isfile(self.given):
+        given = os.path.abspath(cfg.comparisons or self.path("comparisons.jsonl", self.data))
+        self.given = given if os.path.isfile(given) else ""            # comparisons of the user's
+        if cfg.comparisons and not self.given:
             raise UserError(f"--comparisons {cfg.comparisons}: no such file")
         os.makedirs(cfg.out, exist_ok=True)
         self.log = Log(cfg, self.enc, self.world)
         if fresh:
-            self.remove([n + end for n in STAGE_OF for end in (".pt", ".part")] +
-                        ["collect.part", "judge.part", "comparisons.jsonl", "log.jsonl"])
+            files = [name + end for name in (*STAGE_OF, "collect", "judge") for end in (".pt", ".part")]
+            remove(*map(self.path, files + ["comparisons.jsonl", "log.jsonl"]))
 
     def path(self, name, folder=None):
         """Of a file in --out or another folder."""
         return os.path.join(folder or self.cfg.out, name)
 
-    def remove(self, names):
-        """Deletes these files of --out, where they are there."""
-        for path in filter(os.path.exists, map(self.path, names)):
-            os.remove(path)
-
-    def rows(self, name, *normal, **needed):
-        """A data set without the prompts that leave no room for a response (as in App. C); says how many.
-        UserError if none is left, or from read_jsonl."""
-        rows = read_jsonl(self.path(name, self.data), *normal, **needed)
-        room = self.cfg.block_size - self.cfg.max_new_tokens
-        fit = [p for p in rows if len(encode_prompt(self.enc, p["prompt"])) <= room]
+    def rows(self, name, normal=lambda row: row, answers=lambda row: [], **needed):
+        """The rows of a data set whose prompt leaves room for a response (as in App. C) and whose answers
+        could be sampled; says how many do not. UserError if none is left, or from read_jsonl."""
+        rows, most = read_jsonl(self.path(name, self.data), normal, **needed), self.cfg.max_new_tokens
+        room = self.cfg.block_size - most
+        fit = [row for row in rows if len(encode_prompt(self.enc, row["prompt"])) <= room and
+               all(len(encode_response(self.enc, text)) <= most for text in answers(row))]
+        told = (f"{name}: {len(rows) - len(fit)} of {len(rows)} rows are left out, for a prompt of more than "
+                f"{room} tokens or an answer of more than {most}: see --block_size, --max_new_tokens")
         if not fit:
-            raise UserError(f"{name}: no prompt fits into {room} tokens; raise --block_size or lower "
-                            "--max_new_tokens")
+            raise UserError(told)
         if len(fit) < len(rows):
-            print(f"{name}: {len(rows) - len(fit)} of {len(rows)} prompts are longer than {room} tokens "
-                  "and left out")
+            print(told)
         return fit
+
+    def prompts(self, name):
+        """The prompts of a data set, with what the toy world tells of them and no other field."""
+        known = {"prompt": "text", **(dict(task=dict, use_case=str, form=str) if self.world else {})}
+        return [{key: row[key] for key in known} for row in self.rows(name, **known)]
 
     def corpus(self, name="pretrain.txt"):
         """A pretraining text, read once (load_corpus)."""
@@ -1814,54 +1789,47 @@ class Run:
         return self.corpora[name]
 
     def demos(self):
-        """Demonstrations as ids; those whose response is too long to be sampled are left out and counted."""
-        every = [(encode_prompt(self.enc, p["prompt"]), encode_response(self.enc, p["completion"]))
-                 for p in self.rows("sft_train.jsonl", demonstration)]
-        fit = [d for d in every if len(d[1]) <= self.cfg.max_new_tokens]
-        if not fit:
-            raise UserError("sft_train.jsonl: no completion fits into --max_new_tokens; raise it")
-        if len(fit) < len(every):
-            print(f"sft_train.jsonl: {len(every) - len(fit)} of {len(every)} completions are longer than "
-                  f"{self.cfg.max_new_tokens} tokens and left out")
-        return fit
+        """Demonstrations as ids."""
+        rows = self.rows("sft_train.jsonl", demonstration, lambda row: [row["completion"]])
+        return [(encode_prompt(self.enc, row["prompt"]), encode_response(self.enc, row["completion"]))
+                for row in rows]
 
     def settings(self, name):
         """The settings that a model's stage and those before it read."""
         cfg = replace(self.cfg, ptx_coef=0.0, ptx_rows=0) if name == "ppo" else self.cfg
-        if os.path.exists(self.given):                     # more lines in it are another file
+        if self.given:                                     # more lines in it are another file
             cfg = replace(cfg, comparisons=f"{self.given} ({os.path.getsize(self.given)} bytes)")
         upto = STAGES[:STAGES.index(STAGE_OF[name]) + 1]
         return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["stage"] in upto}
 
     def finished(self, name):
-        """A finished model's checkpoint, or None. One of other settings in --out stops the run and says the
-        way out; one of equal settings in --from is copied."""
-        for folder in filter(None, (self.cfg.out, self.source)):
-            path = self.path(name + ".pt", folder)
-            if not os.path.exists(path):
-                continue
-            c, settings = load(path, self.device), self.settings(name)
-            if change(c, settings) and folder == self.cfg.out:
-                redo = ", ".join(STAGES[STAGES.index(STAGE_OF[name]):])
-                raise UserError(f"{path} was made with {change(c, settings)}: give it as it was, or, to do "
-                                f"{redo} again, add --from {folder} --out NEW to keep both, or --fresh to "
-                                f"start over in {folder}")
-            if change(c, settings):
-                print(f"{name}: not taken from {folder}, made with {change(c, settings)}")
-                continue
-            if folder == self.source:
-                print(f"{name}: taken from {folder}")
-                for file in ["comparisons.jsonl"] * (name == "rm" and bool(self.world)) + [name + ".pt"]:
-                    shutil.copyfile(self.path(file, folder), self.path(file + ".tmp"))
-                    os.replace(self.path(file + ".tmp"), self.path(file))
-            return c
-        return None
+        """A finished model's checkpoint, or None. One of equal settings in --from is copied; one of other
+        settings in --out stops the run and says the way out."""
+        path, theirs = [self.path(name + ".pt", folder) for folder in (self.cfg.out, self.source)]
+        found = path if os.path.exists(path) else theirs
+        if not os.path.exists(found):
+            return None
+        c = load(found, self.device)
+        other = change(c, self.settings(name))
+        if other and found == path:
+            redo = ", ".join(STAGES[STAGES.index(STAGE_OF[name]):])
+            raise UserError(f"{path} was made with {other}: give it as it was or, to do {redo} again, add "
+                            f"--from {self.cfg.out} --out NEW to keep both, or --fresh to start over")
+        if found != path:
+            print(f"{name}: {f'not taken, made with {other},' if other else 'taken'} from {self.source}")
+        if other:
+            return None
+        if found != path and name == "rm" and self.world:
+            save(self.path("comparisons.jsonl"), read_text(self.path("comparisons.jsonl", self.source)))
+        if found != path:
+            save(path, c)
+        return c
 
     def model(self, name):
         """The model of this name, trained if it is not there yet."""
         if name not in self.models:
             c = self.finished(name) or self.train(name)
-            self.remove([name + ".part"] + ["collect.part"] * (name == "rm"))
+            remove(*[self.path(part + ".part") for part in [name] + ["collect"] * (name == "rm")])
             self.models[name] = self.build(c, name + ".pt")
             self.seconds.update(c["seconds"])
         return self.models[name]
@@ -1890,8 +1858,8 @@ class Run:
         elif name in ("dpo", "kto"):
             model = train_on_comparisons(cfg, enc, name, before[0], self.comparisons("train"), *end)
         else:
-            prompts = [{**p, "ids": encode_prompt(enc, p["prompt"])}
-                       for p in self.rows("ppo_train.jsonl", prompt="text", **self.toy)]
+            rows = self.prompts("ppo_train.jsonl")
+            prompts = [{**p, "ids": encode_prompt(enc, p["prompt"])} for p in rows]
             coef = 0.0 if name == "ppo" else cfg.ptx_coef
             model = ppo(cfg, enc, *before, prompts, self.corpus() if coef else None, coef, *end,
                         reinforce if name == "reinforce" else gae)
@@ -1906,68 +1874,54 @@ class Run:
 
     def initial(self):
         """GPT-2 from --init, as pretraining leaves its model. UserError if it does not fit the settings."""
-        model, path, block = from_gpt2(self.cfg.init), self.cfg.init, self.cfg.block_size
-        if model.config.vocab_size != self.enc.n_vocab:
-            raise UserError(f"{path}: knows {model.config.vocab_size} tokens, the encoding has "
-                            f"{self.enc.n_vocab}; must be equal: for GPT-2's own add --encoding gpt2")
-        if model.config.block_size < block:
-            raise UserError(f"--block_size {block}: {path} knows {model.config.block_size} positions only")
+        model, cfg, n = from_gpt2(self.cfg.init), self.cfg, self.enc.n_vocab
+        words, room = model.config.vocab_size, model.config.block_size
+        if words != n or room < cfg.block_size:
+            raise UserError(f"{cfg.init}: has {words} tokens and {room} positions; must be the {n} of "
+                            f"--encoding (GPT-2's own: gpt2), and at least --block_size {cfg.block_size}")
         return freeze(model.to(self.device))
 
     def collect(self, model):
         """The simulated labelers' comparisons: for the validation prompts, and for the training prompts, ten
         times as many, unless comparisons are given."""
-        rows = [{**p, "split": split} for split, n in (("train", self.cfg.rm_prompts),
-                                                       ("valid", max(10, self.cfg.rm_prompts // 10)))
-                if self.world and not (split == "train" and os.path.exists(self.given))
-                for p in self.rows(f"rm_{split}.jsonl", prompt="text", **self.toy)[:n]]
+        n = self.cfg.rm_prompts
+        rows = [{**row, "split": split} for split, most in (("train", n), ("valid", max(10, n // 10)))
+                if self.world and not (split == "train" and self.given)
+                for row in self.prompts(f"rm_{split}.jsonl")[:most]]
         if rows:
             out = collect(self.cfg, self.enc, model, rows, self.world, seed(self.cfg, "collect", self.device),
                           random.Random(self.cfg.seed), self.log)
-            save(self.path("comparisons.jsonl"), "".join(json.dumps(c) + "\n" for c in out))
+            save(self.path("comparisons.jsonl"), json_lines(out))
 
     def comparisons(self, split):
         """The comparisons of a split, "train" or "valid". Of given ones that do not say it, every fourth
         prompt is for validation, but in the toy world all are for training: there the labelers' validate."""
-        if not self.world and not os.path.exists(self.given):
-            raise UserError(f"{self.data}: holds no comparisons.jsonl; add one, or name a file with "
-                            "--comparisons")
-        if not os.path.exists(self.given) or self.world and split == "valid":
+        if self.world and (split == "valid" or not self.given):
             rows = read_jsonl(self.path("comparisons.jsonl"), comparison)
             return [c for c in rows if c.get("split") == split]
-        rows, most = self.rows(self.given, comparison), self.cfg.max_new_tokens
-        fit = [c for c in rows if max(len(encode_response(self.enc, y)) for y in c["responses"]) <= most]
-        if len(fit) < len(rows):
-            print(f"{self.given}: {len(rows) - len(fit)} of {len(rows)} comparisons hold a response of more "
-                  f"than {most} tokens and are left out; --max_new_tokens allows more")
-        held_out = set() if self.world else {*list(dict.fromkeys(c["prompt"] for c in fit))[3::4]}
-        rows = [{k: c[k] for k in ("prompt", "responses", "ranks", "ended")} for c in fit
+        rows = self.rows(self.given or "comparisons.jsonl", comparison, lambda c: c["responses"])
+        held_out = set() if self.world else {*list(dict.fromkeys(c["prompt"] for c in rows))[3::4]}
+        rows = [{k: c[k] for k in ("prompt", "responses", "ranks", "ended")} for c in rows
                 if c.get("split", "valid" if c["prompt"] in held_out else "train") == split]
         if not any(len({*c["ranks"]}) > 1 for c in rows):
-            raise UserError(f"{self.given}: holds no pair of different rank for the split {split}; "
-                            "give more, of at least four prompts")
+            raise UserError(f"{self.given}: no pair of different rank to {split} on; give at least 4 prompts")
         return rows
 
     def prepare(self, rival=None):
         """Reads what evaluate will need: better to hear what is missing before the training than after it."""
-        cfg, enc = self.cfg, self.enc
-        tests = self.rows("test.jsonl", prompt="text", **self.toy)[:cfg.test_prompts]
-        self.tests, self.probes, self.rival = tests, {}, None
+        cfg, self.probes, self.rival = self.cfg, {}, None
+        self.tests = self.prompts("test.jsonl")[:cfg.test_prompts]
         if self.world:
             p = self.probes = read_jsonl(self.path("probes.json", self.data), **PROBES)[0]
-            texts = [p["respect"] + x["prompt"] for x in p["toxic"]]
-            texts += [x["prompt"] for x in p["truthful"] + p["unseen"]]
-            need = max(len(encode_prompt(enc, text)) for text in texts) + cfg.max_new_tokens
+            texts = [p["respect"] + x["prompt"] for x in p["toxic"] + p["truthful"] + p["unseen"]]
+            need = max(len(encode_prompt(self.enc, text)) for text in texts) + cfg.max_new_tokens
             if need > cfg.block_size:
                 raise UserError(f"probes.json: needs a context of {need} tokens; give --block_size {need}")
         else:
-            self.tests = [{"prompt": p["prompt"]} for p in tests]      # of further fields nothing is known
             self.comparisons("train"), self.comparisons("valid")
         if rival:
-            path = self.path("pretrain.pt", rival)
-            if not os.path.exists(path):
-                raise UserError(f"--rival {rival}: holds no pretrain.pt, as a run leaves it")
-            c, mine = load(path, self.device), self.settings("pretrain")
+            path, mine = self.path("pretrain.pt", rival), self.settings("pretrain")
+            c = load(path, self.device)
             other = change(c, {k: mine[k] for k in ("data", "encoding")})
             if other or c["config"]["block_size"] < cfg.block_size:
                 raise UserError(f"--rival {rival}: made with {other or 'a smaller --block_size'}")
@@ -1979,58 +1933,56 @@ class Run:
         the held-out comparisons."""
         cfg = self.cfg
         if self.world:
-            tasks, draw = [p["task"] for p in self.tests], lambda: random.Random(cfg.seed)
-            return lambda *pair: preference(self.world, "train", tasks, *pair, cfg.judges, draw())
+            tasks = [p["task"] for p in self.tests]
+            return lambda *pair: preference(self.world, "train", tasks, *pair, cfg.judges,
+                                            random.Random(cfg.seed))
         print("no simulated labelers: a second reward model, trained on the held-out comparisons, judges")
         sft_model, self.log.settings = self.model("sft"), self.settings("rm")
         judge = train_reward_model(cfg, self.enc, sft_model, self.comparisons("valid"), self.demos(),
                                    self.device, self.log, "judge")
-        self.remove(["judge.part"])
+        remove(self.path("judge.part"))
         prompts = [encode_prompt(self.enc, p["prompt"]) for p in self.tests]
         score = lambda mine: reward_and_kl(cfg, self.enc, judge, sft_model, prompts, mine, self.device)[0]
         return lambda *pair: [0.5 if x == y else float(x > y) for x, y in zip(*map(score, pair))]
 
     def evaluate(self, methods=()):
         """Writes results.json, samples.txt and picture.svg, prints samples and table."""
-        cfg, begun, reward_model = self.cfg, time.time(), self.model("rm")
-        tests, probes = self.tests, self.probes
-        there = [k for k, n in MODELS.items() if n in ("pretrain", "sft", *self.models) or self.finished(n)]
-        models = {k: self.model(MODELS[k]) for k in there}
-        models = ({"GPT": models.pop("GPT"), **({"GPT (prompted)": self.model("pretrain")} if probes else {})}
-                  | models | ({f"best of {cfg.k_max}": self.model("sft")} if "best_of_n" in methods else {})
-                  | ({"rival GPT": self.rival} if self.rival else {}))
+        cfg, enc, device, probes, begun = self.cfg, self.enc, self.device, self.probes, time.time()
+        gpt, sft_model, reward_model = [self.model(n) for n in ("pretrain", "sft", "rm")]
+        models = {"GPT": gpt} | ({"GPT (prompted)": gpt} if probes else {})
+        models |= {k: self.model(n) for k, n in MODELS.items() if n in self.models or self.finished(n)}
+        models |= {f"best of {cfg.k_max}": sft_model} if "best_of_n" in methods else {}
+        models |= {"rival GPT": self.rival} if self.rival else {}
         judge = self.judge()
-        answers, sets = question(cfg, self.enc, models, reward_model, tests, probes, self.device)
+        answers, sets = question(cfg, enc, models, reward_model, self.tests, probes, device)
         half = lambda v: 1.96 * math.sqrt(mean([(x - mean(v)) ** 2 for x in v]) / max(1, len(v)))
         results, valid = {}, "pretrain_valid.txt"
         for name, model in models.items():
-            numbers, shares = measure(cfg, self.enc, name, model, answers, sets, models, reward_model, judge,
-                                      self.device)
+            numbers, shares = measure(cfg, enc, name, model, answers, sets, models, reward_model, judge,
+                                      device)
             if self.world:
-                more = measure_toy(cfg, self.enc, name, model, answers, sets, self.world, probes, self.device)
+                more = measure_toy(cfg, enc, name, model, answers, sets, self.world, probes, device)
                 numbers, shares = numbers | more[0], shares | more[1]
             if os.path.exists(self.path(valid, self.data)):
-                numbers["pretrain_loss"] = corpus_loss(model, self.corpus(valid), cfg.block_size, self.device)
+                numbers["pretrain_loss"] = corpus_loss(model, self.corpus(valid), cfg.block_size, device)
             results[name] = {**{k: mean(v) for k, v in shares.items()}, **numbers,
                              "parameters": sum(p.numel() for p in model.parameters()),
                              "ci95": {k: half([float(x) for x in v]) for k, v in shares.items()}}
             self.log("evaluate", len(results), len(models))
-        rm = judge_reward_model(cfg, self.enc, reward_model, self.comparisons("valid"), self.device)
+        rm = judge_reward_model(cfg, enc, reward_model, self.comparisons("valid"), device)
         seconds = {**self.seconds, "evaluate": time.time() - begun}
         seconds["total"] = sum(seconds.values())
         history = read_jsonl(self.log.path, stage=str, step=int)
         history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
-        shown = samples(tests, answers)
+        shown = samples(self.tests, answers)
         save(self.path("samples.txt"), shown.strip() + "\n")
         save(self.path("picture.svg"), picture(results, history, rm.get("best_of_n", {})))
         save(self.path("results.json"), json.dumps({
-            "config": {**asdict(cfg), **asdict(models["GPT"].config), "block_size": cfg.block_size},
+            "config": {**asdict(cfg), **asdict(gpt.config), "block_size": cfg.block_size},
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
             "reward_model": rm, "models": results}, indent=1) + "\n")
-        more = (f" (a second labeler on {rm['agreement']:.3f}), on {rm['gold_accuracy']:.3f} of the true ones"
-                if "agreement" in rm else "")
-        print(f"{shown}\n\n{table(results)}\n\nReward model on held-out comparisons: right on "
-              f"{rm['accuracy']:.3f} of the labelers' preferences{more}.\n"
+        told = ", ".join(f"{k} {v:.3f}" for k, v in rm.items() if isinstance(v, float))
+        print(f"{shown}\n\n{table(results)}\n\nReward model on held-out comparisons: {told}.\n"
               f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, "
               "log.jsonl, the checkpoints")
 
@@ -2056,11 +2008,9 @@ def read_ranking(text, K):
     """A typed ranking of K answers, best first: "3 > 1 = 4 > 2" -> [2, 4, 1, 2], the ranks of answers 1 to K
     as the labelers give them, 1 + how many are better. ValueError, one sentence, if it is none."""
     groups = [[word.strip() for word in group.split("=")] for group in text.split(">")]
-    words, numbers = [word for group in groups for word in group], [str(i + 1) for i in range(K)]
-    for w in words + numbers:
-        if w not in numbers or words.count(w) != 1:
-            wrong = "missing" if w not in words else "there twice" if w in numbers else f"none of 1 to {K}"
-            raise ValueError(f"{w!r:.20} is {wrong}")
+    numbers = [str(i + 1) for i in range(K)]
+    if sorted(sum(groups, [])) != sorted(numbers):
+        raise ValueError(f"name each of 1 to {K} once, with > or = between them")
     return [1 + sum(map(len, groups[:i])) for n in numbers for i, group in enumerate(groups) if n in group]
 
 
@@ -2082,18 +2032,16 @@ def label(run):
     """You rank answers of the SFT model to those prompts of rm_train.jsonl that OUT/labels.jsonl has not yet.
     A ranking is on the disk, as a comparison, before the next prompt comes."""
     cfg, path, typed = run.cfg, run.path("labels.jsonl"), None
-    mend(path)
     done = read_jsonl(path, comparison) if os.path.exists(path) and os.path.getsize(path) else []
-    ranked, policy = {c["prompt"] for c in done}, run.model("sft")
-    rows = run.rows("rm_train.jsonl", prompt="text", **run.toy)
-    todo = [{k: p[k] for k in ("prompt", *run.toy)} for p in reversed(rows) if p["prompt"] not in ranked]
-    tasks, generator = {p["prompt"]: p["task"] for p in rows if run.toy}, seed(cfg, "label", run.device)
+    ranked, policy, prompts = {c["prompt"] for c in done}, run.model("sft"), run.prompts("rm_train.jsonl")
+    todo = [p for p in reversed(prompts) if p["prompt"] not in ranked]
+    tasks, generator = {p["prompt"]: p["task"] for p in prompts if run.world}, seed(cfg, "label", run.device)
     print(USAGE)
     while todo and typed != "q":
         c = todo.pop()
         if "responses" not in c:                 # else it was shown before
-            prompts = [encode_prompt(run.enc, c["prompt"])] * cfg.k_min
-            answers = respond(policy, run.enc, prompts, cfg.max_new_tokens, generator)
+            ids = encode_prompt(run.enc, c["prompt"])
+            answers = respond(policy, run.enc, [ids] * cfg.k_min, cfg.max_new_tokens, generator)
             c["responses"], c["ended"] = zip(*dict.fromkeys((r["text"], r["ended"]) for r in answers))
         if len(c["responses"]) < 2:
             continue
@@ -2102,22 +2050,19 @@ def label(run):
             print(f"  {i}  {on_a_line(*answer)}")
         while (typed := ask("ranking: ")) not in ("u", "s", "q"):
             try:
-                c["ranks"] = read_ranking(typed, len(c["responses"]))
+                done.append({**c, "ranks": read_ranking(typed, len(c["responses"])), "labeler": "you",
+                             "split": "train"})
                 break
             except ValueError as e:
                 print(USAGE if typed == "?" else e)
         if typed == "u":
             todo += [c] + done[-1:]              # the last one comes again, then this one
-            save(path, "".join(json.dumps(x) + "\n" for x in done[:-1]))
-            done = done[:-1]
-        elif typed not in ("s", "q"):
-            done.append({**c, "labeler": "you", "split": "train"})
-            with open(path, "a") as f:
-                print(json.dumps(done[-1]), file=f, flush=True)
-                os.fsync(f.fileno())
+            del done[-1:]
+        if typed not in ("s", "q"):
+            save(path, json_lines(done))
             if hits := agreement(run.world, tasks, done, random.Random(cfg.seed)):
-                print(f"agreement so far {mean(hits):.2f} of {len(hits)} pairs (labelers among themselves: "
-                      "0.73)")
+                print(f"agreement so far {mean(hits):.2f} of {len(hits)} pairs "
+                      "(labelers among themselves: 0.73)")
     print(f"{len(done)} rankings in {path}. To train on them, with the other flags of this run:\n"
           f"  python instructgpt.py ppo --from {cfg.out} --out NEW --comparisons {path}")
 
@@ -2153,8 +2098,9 @@ def find_device(name, dtype="float32"):
     name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
     if name not in there:
         raise UserError(f"--device {name}: not there; this machine has {', '.join(there)}")
-    if dtype == "bfloat16" and not ("cuda" in name and torch.cuda.get_device_capability(name)[0] >= 8):
-        raise UserError(f"--dtype {dtype}: only on a CUDA GPU that has it (Ampere or newer); use float32")
+    new = "cuda" in name and torch.cuda.get_device_capability(name)[0] >= 8        # Ampere
+    if dtype not in ["float32"] + ["bfloat16"] * new:
+        raise UserError(f"--dtype {dtype}: must be float32 or, only on a CUDA GPU from Ampere on, bfloat16")
     return torch.device(name)
 
 
@@ -2178,10 +2124,10 @@ SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_
 
 
 def parse(argv):
-    """Command line -> (stage, Config, folder of --from, --fresh, the settings that were given, all flags)."""
+    """Command line -> (all flags, Config, the settings that were given). UserError for what cannot work."""
     parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("stage", nargs="?", default="all", help="what to run",
-                        choices=STAGES + ["all", "label", "chat"])
+    stages = STAGES + ["all", "label", "chat"]
+    parser.add_argument("stage", nargs="?", default="all", help="what to run: " + ", ".join(stages))
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="who answers in chat")
     parser.add_argument("--from", dest="source", metavar="DIR", help="take what fits from this finished run")
     parser.add_argument("--methods", nargs="+", default=[], choices=["dpo", "kto", "reinforce", "best_of_n"],
@@ -2192,77 +2138,67 @@ def parse(argv):
     for f in fields(Config):
         kind, text = type(f.default), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument("--" + f.name, type=kind, metavar=kind.__name__.upper(), help=text)
-    known = [word for action in parser._actions for word in action.option_strings]
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.startswith("--") and word.split("=")[0] not in known:
-            parser.error(f"{word}: no such flag")
-    a = vars(parser.parse_args(argv))
-    if a["models"] and a["stage"] != "chat":
-        parser.error("--models goes with chat")
-    given = {f.name: a[f.name] for f in fields(Config) if a[f.name] is not None}
-    cfg = Config(**{**(SMOKE if a["smoke"] else {}), **given})
-    for name in given:
-        if cfg.init and name.startswith(("n_", "pretrain_")):
-            raise UserError(f"--{name}: not with --init: its file has been pretrained")
+    a = parser.parse_args(argv)
+    given = {f.name: getattr(a, f.name) for f in fields(Config) if getattr(a, f.name) is not None}
+    cfg = Config(**{**(SMOKE if a.smoke else {}), **given})
     check(cfg)
-    for flag, folder in (("--from", a["source"]), ("--rival", a["rival"])):
-        if folder and not os.path.isdir(folder):
-            raise UserError(f"{flag} {folder}: no such folder")
-    if a["source"] and os.path.realpath(a["source"]) == os.path.realpath(cfg.out):
-        raise UserError("--from and --out are the same folder: give another --out")
-    return a["stage"], cfg, a["source"], a["fresh"], given, a
+    trained = [name for name in given if cfg.init and name.startswith(("n_", "pretrain_"))]
+    same = a.source and os.path.realpath(a.source) == os.path.realpath(cfg.out)
+    for bad, told in ((a.stage not in stages, f"{a.stage}: no such stage"),
+                      (a.models and a.stage != "chat", "--models goes with chat"),
+                      (trained, f"--{', --'.join(trained)}: not with --init: its file has been pretrained"),
+                      (cfg.n_embd % cfg.n_head, f"--n_embd {cfg.n_embd}: must be a multiple of --n_head"),
+                      (a.source and not os.path.isdir(a.source), f"--from {a.source}: no such folder"),
+                      (same, f"--from {a.source}: is --out; give another --out"),
+                      (a.rival and not os.path.exists(os.path.join(a.rival, "pretrain.pt")),
+                       f"--rival {a.rival}: holds no pretrain.pt, as a run leaves it")):
+        if bad:
+            parser.error(told)
+    return a, cfg, given
 
 
 def check(cfg):
-    """UserError, by name and with the allowed range, for a setting that cannot work."""
+    """UserError, by name and with the allowed range, for a number that cannot work."""
     low = {f.name: int(type(f.default) is int) for f in fields(cfg) if type(f.default) is not str}
     low |= {"seed": 0, "warmup": 0, "micro_batch": 0, "k_min": 2, "k_max": max(2, cfg.k_min),
-            "block_size": 48, "unfinished_score": -1e9}
+            "block_size": 48, "unfinished_score": -1e9, "temperature": 1e-9, "pretrain_lr": 1e-9,
+            "sft_lr": 1e-9, "rm_lr": 1e-9, "policy_lr": 1e-9, "value_lr": 1e-9, "cliprange": 1e-9,
+            "value_clip": 1e-9}
     high = {"seed": 2 ** 32, "lam": 1, "ema": 1, "sft_mix": 0.99, "sft_dropout": 0.99, "judges": 20,
             "minibatches": cfg.episodes, "max_new_tokens": cfg.block_size - 33}
-    positive = "pretrain_lr sft_lr rm_lr policy_lr value_lr cliprange value_clip temperature".split()
     for name, least in low.items():
         value, most = getattr(cfg, name), high.get(name, 10 ** 9)
         if not least <= value <= most:           # NaN is refused here too
             raise UserError(f"--{name} {value}: must lie in {least} to {most}")
-        if name in positive and value == 0:
-            raise UserError(f"--{name} {value}: must be above 0")
-    if cfg.n_embd % cfg.n_head:
-        raise UserError(f"--n_embd {cfg.n_embd}: must be a multiple of n_head, {cfg.n_head}")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {cfg.dtype}: must be float32 or bfloat16")
 
 
 def main(argv=None):
     """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake; 130 after Ctrl-C."""
-    run, before = None, signal.getsignal(signal.SIGINT)
+    run = None
     try:
-        stage, cfg, source, fresh, given, a = parse(argv)
+        a, cfg, given = parse(argv)
         if hasattr(sys.stdout, "reconfigure"):   # what a terminal that is not UTF-8 cannot show becomes ?
             sys.stdout.reconfigure(errors="replace")
         torch.set_flush_denormal(True)           # peaked softmaxes are full of denormals, slow on a CPU
         torch.empty(8_000_000)                   # glibc, once 32 MB were freed, keeps memory: 6 % faster
-        run = Run(cfg, source, fresh)
+        run = Run(cfg, a.source, a.fresh)
         signal.signal(signal.SIGINT, run.log.interrupt)
         both = ["ppo", "ppo_ptx"] if "ptx_coef" not in given else ["ppo_ptx"] if cfg.ptx_coef else ["ppo"]
+        names = {"ppo": both, "all": ["rm"] + both}.get(a.stage, [a.stage] * (a.stage in STAGE_OF))
         with precision(run.device, cfg.dtype):
-            if stage in ("all", "evaluate"):
-                run.prepare(a["rival"])
-            names = {"ppo": both, "all": ["rm"] + both}.get(stage, [stage] * (stage in STAGE_OF))
-            for name in names + [m for m in a["methods"] if m != "best_of_n"]:
+            if a.stage in ("all", "evaluate"):
+                run.prepare(a.rival)
+            for name in names + [m for m in a.methods if m != "best_of_n"]:
                 run.model(name)
-            if stage in ("all", "evaluate"):
-                run.evaluate(a["methods"])
-            elif stage == "label":
+            if a.stage in ("all", "evaluate"):
+                run.evaluate(a.methods)
+            elif a.stage == "label":
                 label(run)
-            elif stage == "chat":
-                chat(run, a["models"])
-    except UserError as e:
+            elif a.stage == "chat":
+                chat(run, a.models)
+        return 0
+    except (UserError, OSError) as e:            # OSError: a full disk, a folder that may not be written
         print(f"instructgpt.py: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:                         # a full disk, a folder that may not be written
-        kept = f"; the checkpoints in {cfg.out} are whole, the same command goes on from them" if run else ""
-        print(f"instructgpt.py: {e}{kept}", file=sys.stderr)
         return 2
     except NotFinite as e:
         part = run.path(run.log.name + ".part")
@@ -2274,9 +2210,6 @@ def main(argv=None):
         at = f"{run.log.name}, step {run.log.kept}" if run and run.log.busy else "what is on disk"
         print(f"\nstopped; the same command, without --fresh, goes on after {at}", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return 0
 
 
 if __name__ == "__main__":
