@@ -2965,7 +2965,7 @@ def test_damaged_weights_are_one_line_and_never_executed(tmp_path, monkeypatch):
         told = refused_weights(path)
         assert told.startswith("not GPT-2 weights as published (") and "name a .safetensors" in told, what
     path.write_bytes(n(2) + b"{}")
-    assert "KeyError: 'wte.weight'" in refused_weights(path)
+    assert refused_weights(path).startswith("wte.weight must be")
     path.write_bytes(good[:-1])                  # the last tensor is cut
     assert "'h.1.attn.masked_bias' must lie in the " in refused_weights(path)
     good = write_weights(state, published()).read_bytes()
@@ -2977,9 +2977,9 @@ def test_damaged_weights_are_one_line_and_never_executed(tmp_path, monkeypatch):
         assert refused_weights(state).startswith("not GPT-2 weights as published (")
     for foreign in ({}, {1: 2}, {"wte.weight": "a\nb"}, {"format": 1, "weights": published()}):
         torch.save(foreign, state)
-        assert refused_weights(state).startswith("not GPT-2 weights as published (")
+        assert refused_weights(state).startswith("wte.weight must be")
     torch.save({"wte.weight": torch.zeros(40, 0), "wpe.weight": torch.zeros(64, 0)}, state)
-    assert refused_weights(state).startswith("not GPT-2 weights as published (")
+    assert refused_weights(state).startswith("wte.weight must be a multiple of 64 wide")
     assert not os.path.exists("executed")
     for name in ("nowhere", "nowhere.safetensors"):
         assert "No such file" in refused_weights(tmp_path / name)
