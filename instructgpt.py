@@ -226,11 +226,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B,T,3,H,C/H)
         q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))                    # (B,H,T,C/H) each
-        new = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)                              # (2,B,H,T,C/H) keys, values
-        if cache is not None and bias is None:             # prefill: keep the prompt's
-            cache[:, :, :, :T] = new
+        if cache is not None and bias is None:             # prefill: keep the prompt's keys and values
+            cache[0, :, :, :T], cache[1, :, :, :T] = k, v
         elif cache is not None:                            # decode: each row writes at its own position
-            cache.view(2, -1, C // self.n_head).index_copy_(1, slots.flatten(), new.flatten(1, 3))
+            new = qkv[:, 0, 1:].transpose(0, 1).flatten(1, 2)                   # (2,B*H,C/H)
+            cache.view(2, -1, C // self.n_head).index_copy_(1, slots.flatten(), new)
             k, v = cache[:, :, :, :bias.size(-1)]                               # (B,H,width,C/H) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                  # (B,T,C)
