@@ -66,6 +66,7 @@ from base64 import b64decode                     # tiktoken's rank files
 from contextlib import contextmanager            # around the reading of checkpoints
 from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape                          # the picture
+from zlib import crc32                           # tells one file of comparisons from another
 
 import numpy as np                               # the corpus is one array
 import tiktoken
@@ -110,7 +111,7 @@ class Config:
     sft_batch: int = setting(32, "demonstrations a step", "32", "sft")
     sft_lr: float = setting(1e-3, "peak learning rate, cosine to a tenth", "9.65e-6, 5e-6", "sft")
     sft_dropout: float = setting(0.0, "residual dropout", "0.2 (baseline)", "sft")
-    sft_mix: float = setting(0.1, "share of pretraining rows mixed in", "0.1", "sft")
+    sft_mix: float = setting(0.1, "share of pretraining rows mixed in, their loss's weight", "0.1", "sft")
     max_new_tokens: int = setting(16, "longest response, end-of-text included", "1,024", "sft")
     # step 2: comparisons and the reward model
     rm_prompts: int = setting(7000, "prompts to collect comparisons for", "33,207", "rm")
@@ -222,7 +223,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, slots=None, bias=None):
         """x (B,T,C) -> (B,T,C). Decoding, T is 1: the cache (2,B,H,its T,C/H) holds keys and values so far,
-        slots (B,H) are the places in it for the new ones, bias (B,1,1,width) hides what comes later."""
+        slots (B,H) are the places in it for the new ones, bias (B,1,1,width) hides what comes later. With a
+        cache but no bias the tokens are a prompt's, and fill the cache's first T places."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B,T,3,H,C/H)
         q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))                    # (B,H,T,C/H) each
@@ -248,7 +250,7 @@ class Block(nn.Module):
         drop = lambda y: F.dropout(y, self.c.dropout, self.training)
         x = x + drop(self.attn(self.ln_1(x), *cached))
         x = x if keep is None else x[keep]                                      # (B,T,C) or (N,C)
-        inner = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.c.gelu)    # (B,T,4C)
+        inner = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.c.gelu)    # (B,T,4C) or (N,4C)
         return x + drop(self.mlp.c_proj(inner))
 
 
@@ -566,7 +568,7 @@ def warmup_factor(iteration, warmup):
 # What every training loop needs. Two things are handed to the loops from outside. `log` (class Log, below):
 # log(stage, step, steps, name=number, ...) writes a line; log.steps(stage, steps, name=object, ...) counts
 # the steps, saves the objects that change now and then, and goes on from there after a stop. `world` is
-# data/toyworld.py with check (the verdict on an answer), gold (its true quality), make_labelers and rank.
+# data/toyworld.py: check (the verdict on an answer), gold (its true quality), make_labelers, rank, likert.
 
 
 def seed(cfg, name, device="cpu"):
@@ -802,7 +804,7 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
 
 
 def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
-    """One minibatch of the episodes e, and as many rows of pretraining text as Eq. 2 wants: an optimizer step
+    """One minibatch of the episodes e, and the rows of pretraining text that go with it: an optimizer step
     for the policy and one for the value net. Returns numbers to log."""
     weights, changes = e["mask"][rows].sum(1), []          # (b,) response tokens; log pi/pi_old of each
 
@@ -945,7 +947,8 @@ def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
     for step in log.steps(method, len(plan), model=policy, optimizer=optimizer):
         batch, kl0 = [data[i] for i in plan[step]], None
         if method == "kto":                                # each prompt with the next one's responses
-            other = [(x, y) for (x, _, _), (_, ys, _) in zip(batch, batch[1:] + batch[:1]) for y in ys]
+            following = batch[1:] + [data[plan[step][-1] - 1]]     # after the last: any other prompt
+            other = [(x, y) for (x, _, _), (_, ys, _) in zip(batch, following) for y in ys]
             with torch.no_grad():
                 kl0 = kto_kl0(*response_logprobs(policy, reference, other, device))
         loss = lambda i: preference_loss(method, policy, reference, batch[i], cfg.beta, kl0, device)
@@ -1254,7 +1257,7 @@ def picture(results, history, best_of_n):
     wins = {k: (r["win_vs_sft"], r["ci95"]["win_vs_sft"]) for k, r in results.items() if "win_vs_sft" in r}
     tax = {k: (r["pretrain_loss"] - results["GPT"]["pretrain_loss"], 0) for k, r in results.items()
            if "GPT" not in k and "pretrain_loss" in r}
-    chosen = "PPO-ptx" if "PPO-ptx" in results else list(results)[-1]
+    chosen = next(k for k in ("PPO-ptx", "PPO", *reversed(results)) if k in results)
     old, new = (results[k].get("gold_by_use_case", {}) for k in ("SFT", chosen))
     gain = {k: (new[k] - old[k], 0) for k in sorted(new, key=lambda k: old[k] - new[k])[:10]}
     kl = "KL to SFT, nats a response, root axis"
@@ -1338,7 +1341,7 @@ LEGEND = """
 
 
 class Log:
-    """One JSON line a step into log.jsonl; every few seconds a line on the screen, with the time left."""
+    """JSON lines into log.jsonl; every few seconds a line on the screen, with the time left."""
 
     def __init__(self, cfg, enc, world):
         self.cfg, self.path, self.enc, self.world = cfg, os.path.join(cfg.out, "log.jsonl"), enc, world
@@ -1456,7 +1459,7 @@ def read_text(path):
         with open(path, encoding="utf-8-sig") as f:
             lines = [line if line.strip() else "" for line in f.read().split("\n")]
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); name a file or run data/toyworld.py") from e
+        raise UserError(f"{path}: cannot be read ({e.strerror}); add it or name another file") from e
     except UnicodeDecodeError as e:
         n = e.object.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}:{n}: not UTF-8 text ({e.reason}); save the file as UTF-8") from e
@@ -1561,7 +1564,7 @@ def comparison(row):
     if not 1 <= min(ranks) <= max(ranks) <= 1000 or typed and len({*texts}) < len({*zip(texts, ranks)}):
         raise ValueError("ranks must lie in 1 to 1000 and be equal for equal responses")
     for name, kind in (("second_ranks", int), ("gold", float)):
-        if name in row and len(expect(row, {name: [kind]})[name]) != len(texts):
+        if name in row and not typed and len(expect(row, {name: [kind]})[name]) != len(texts):
             raise ValueError(f"{name} must be as many as the responses")
     return row
 
@@ -1663,7 +1666,7 @@ def change(c, settings):
     """The first setting that a checkpoint was made with another value of, as text; "" if there is none. One
     that is younger than the checkpoint had its default."""
     made = {**asdict(Config()), **c["settings"]}
-    return next((f"{k} {made[k]}, now {k} is {v}" for k, v in settings.items() if made[k] != v), "")
+    return next((f"{k} {made[k]!r}, now {k} is {v!r}" for k, v in settings.items() if made[k] != v), "")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1741,7 +1744,7 @@ class Run:
 
     def __init__(self, cfg, source, fresh):
         self.cfg, self.source = cfg, source
-        self.models, self.corpora, self.seconds = {}, {}, {}
+        self.models, self.corpora, self.seconds, self.told = {}, {}, {}, set()
         self.device = find_device(cfg.device, cfg.dtype)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)   # streams and graphs go by the current one
@@ -1752,6 +1755,8 @@ class Run:
         self.given = given if os.path.isfile(given) else ""            # comparisons of the user's
         if cfg.comparisons and not self.given:
             raise UserError(f"--comparisons {cfg.comparisons}: no such file")
+        if os.path.realpath(given) == os.path.realpath(self.path("comparisons.jsonl")):
+            raise UserError(f"--out {cfg.out}: the run would write over {given}; give another --out")
         os.makedirs(cfg.out, exist_ok=True)
         self.log = Log(cfg, self.enc, self.world)
         if fresh:
@@ -1773,8 +1778,9 @@ class Run:
                 f"{room} tokens or an answer of more than {most}: see --block_size, --max_new_tokens")
         if not fit:
             raise UserError(told)
-        if len(fit) < len(rows):
+        if len(fit) < len(rows) and told not in self.told:
             print(told)
+        self.told.add(told)
         return fit
 
     def prompts(self, name):
@@ -1797,8 +1803,9 @@ class Run:
     def settings(self, name):
         """The settings that a model's stage and those before it read."""
         cfg = replace(self.cfg, ptx_coef=0.0, ptx_rows=0) if name == "ppo" else self.cfg
-        if self.given:                                     # more lines in it are another file
-            cfg = replace(cfg, comparisons=f"{self.given} ({os.path.getsize(self.given)} bytes)")
+        if self.given:                                     # after an edit it is another file
+            with open(self.given, "rb") as f:
+                cfg = replace(cfg, comparisons=f"{self.given} (crc32 {crc32(f.read()):08x})")
         upto = STAGES[:STAGES.index(STAGE_OF[name]) + 1]
         return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["stage"] in upto}
 
@@ -1894,17 +1901,24 @@ class Run:
             save(self.path("comparisons.jsonl"), json_lines(out))
 
     def comparisons(self, split):
-        """The comparisons of a split, "train" or "valid". Of given ones that do not say it, every fourth
-        prompt is for validation, but in the toy world all are for training: there the labelers' validate."""
-        if self.world and (split == "valid" or not self.given):
-            rows = read_jsonl(self.path("comparisons.jsonl"), comparison)
-            return [c for c in rows if c.get("split") == split]
-        rows = self.rows(self.given or "comparisons.jsonl", comparison, lambda c: c["responses"])
-        held_out = set() if self.world else {*list(dict.fromkeys(c["prompt"] for c in rows))[3::4]}
-        rows = [{k: c[k] for k in ("prompt", "responses", "ranks", "ended")} for c in rows
-                if c.get("split", "valid" if c["prompt"] in held_out else "train") == split]
-        if not any(len({*c["ranks"]}) > 1 for c in rows):
-            raise UserError(f"{self.given}: no pair of different rank to {split} on; give at least 4 prompts")
+        """The comparisons of a split, "train" or "valid". Of given ones, if none says it, every fourth prompt
+        is for validation, but in the toy world all are for training: there the labelers' validate."""
+        cfg, sampled = self.cfg, self.world and (split == "valid" or not self.given)
+        path = self.given or self.path("comparisons.jsonl", self.data)
+        if sampled:
+            path = self.path("comparisons.jsonl")
+            rows = [c for c in read_jsonl(path, comparison) if c.get("split") == split]
+        else:                                              # a response without end takes no end-of-text
+            ended = lambda c: [y for y, end in zip(c["responses"], c["ended"]) if end]
+            rows = self.rows(path, comparison, ended)
+            known = self.world or any("split" in c for c in rows)
+            held_out = set() if known else {*list(dict.fromkeys(c["prompt"] for c in rows))[3::4]}
+            rows = [{k: c[k] for k in ("prompt", "responses", "ranks", "ended")} for c in rows
+                    if c.get("split", "valid" if c["prompt"] in held_out else "train") == split]
+        encoded = (encode_comparison(self.enc, c, cfg.max_new_tokens) for c in rows)
+        if not any(len({r for r in ranks if r}) > 1 for _, _, ranks in encoded):
+            raise UserError(f"{path}: no answers of unequal text and rank for the split {split}; give more "
+                            "prompts, at least four")
         return rows
 
     def prepare(self, rival=None):
@@ -1915,10 +1929,17 @@ class Run:
             p = self.probes = read_jsonl(self.path("probes.json", self.data), **PROBES)[0]
             texts = [p["respect"] + x["prompt"] for x in p["toxic"] + p["truthful"] + p["unseen"]]
             need = max(len(encode_prompt(self.enc, text)) for text in texts) + cfg.max_new_tokens
+            size = lambda tests, key: max(len(self.enc.encode_ordinary(x[key])) for x in tests)
+            need = max(need, *(size(x, "prompt") + size(x, "answer") + 1 for x in p["fewshot"].values()))
             if need > cfg.block_size:
                 raise UserError(f"probes.json: needs a context of {need} tokens; give --block_size {need}")
         else:
             self.comparisons("train"), self.comparisons("valid")
+        if os.path.exists(self.path("pretrain_valid.txt", self.data)):
+            self.corpus("pretrain_valid.txt")
+        for name in MODELS.values():                       # one of other settings stops the run now
+            if os.path.exists(self.path(name + ".pt")):
+                self.finished(name)
         if rival:
             path, mine = self.path("pretrain.pt", rival), self.settings("pretrain")
             c = load(path, self.device)
@@ -1949,6 +1970,8 @@ class Run:
         """Writes results.json, samples.txt and picture.svg, prints samples and table."""
         cfg, enc, device, probes, begun = self.cfg, self.enc, self.device, self.probes, time.time()
         gpt, sft_model, reward_model = [self.model(n) for n in ("pretrain", "sft", "rm")]
+        history = read_jsonl(self.log.path, stage=str, step=int)
+        history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
         models = {"GPT": gpt} | ({"GPT (prompted)": gpt} if probes else {})
         models |= {k: self.model(n) for k, n in MODELS.items() if n in self.models or self.finished(n)}
         models |= {f"best of {cfg.k_max}": sft_model} if "best_of_n" in methods else {}
@@ -1972,8 +1995,6 @@ class Run:
         rm = judge_reward_model(cfg, enc, reward_model, self.comparisons("valid"), device)
         seconds = {**self.seconds, "evaluate": time.time() - begun}
         seconds["total"] = sum(seconds.values())
-        history = read_jsonl(self.log.path, stage=str, step=int)
-        history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
         shown = samples(self.tests, answers)
         save(self.path("samples.txt"), shown.strip() + "\n")
         save(self.path("picture.svg"), picture(results, history, rm.get("best_of_n", {})))
@@ -2082,7 +2103,7 @@ def chat(run, names):
         if not text or len(ids) > room:
             print(f"a question has 1 to {room - mark} tokens, this one {len(ids) - mark}")
             continue
-        print(f"{'reward':>15}{'KL':>6}")
+        print(f"{'reward':>15}{'KL':>7}")
         for k, model in zip(names, models):
             r, = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=k == "GPT")
             tokens, mask, _ = stack([ids], [r["ids"]], run.device)              # (1,T), (1,T-1)
@@ -2188,6 +2209,8 @@ def main(argv=None):
         with precision(run.device, cfg.dtype):
             if a.stage in ("all", "evaluate"):
                 run.prepare(a.rival)
+            if {"ppo", "ppo_ptx", "reinforce"} & {*names, *a.methods}:
+                run.prompts("ppo_train.jsonl")             # better to hear now what is missing
             for name in names + [m for m in a.methods if m != "best_of_n"]:
                 run.model(name)
             if a.stage in ("all", "evaluate"):

@@ -1211,6 +1211,15 @@ def test_kto_calls_desirable_what_ranks_above_the_mean_and_mismatches_for_kl0(en
     assert got == pytest.approx(sum(terms) / len(rows), rel=1e-4)
 
 
+def test_kto_mismatches_the_prompt_of_a_batch_of_one_too(enc, monkeypatch):
+    asked, policy = [], small_models(enc)[0]
+    real = ig.response_logprobs
+    monkeypatch.setattr(ig, "response_logprobs", lambda *a: asked.append(a[2]) or real(*a))
+    ig.train_on_comparisons(ig.Config(rm_batch=1), enc, "kto", policy, COMPARED, torch.device("cpu"), Quiet())
+    own = {(tuple(x), tuple(y)) for rows in asked[1::2] for x, y, *_ in rows}  # of the losses
+    assert len(asked) == 6 and not own & {(tuple(x), tuple(y)) for rows in asked[::2] for x, y in rows}
+
+
 @pytest.mark.parametrize("method, begin", [("dpo", math.log(2)), ("kto", 0.5)])
 def test_neighbours_start_at_the_reference_and_learn_to_prefer(enc, method, begin):
     (policy, _), log, cpu = small_models(enc), Quiet(), torch.device("cpu")
@@ -1737,7 +1746,7 @@ def test_reader_takes_a_good_file_and_ignores_bom_crlf_and_blank_lines(name, enc
 def test_reader_refuses_what_is_no_text_file(name, enc, put, tmp_path):
     good = written(*LINES[name])
     end = f":{good.count(10) + 1}:"                                    # the bad line comes last
-    assert refusal(tmp_path / name, enc).startswith(": cannot be read (No such file or directory); name a")
+    assert refusal(tmp_path / name, enc).startswith(": cannot be read (No such file or directory); add it")
     for bad, where, what, advice in [
             (b"", ":", "is empty", "needs a line"), (b"\xef\xbb\xbf", ":", "is empty", "needs a line"),
             (b" \r\n\t\n\n", ":", "is empty", "needs a line"),
@@ -1750,7 +1759,7 @@ def test_reader_refuses_what_is_no_text_file(name, enc, put, tmp_path):
         assert told.startswith(f"{where} {what}") and advice in told and time.process_time() - start < 2
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    assert refusal(tmp_path / name, enc).startswith(": cannot be read (Is a directory); name a file")
+    assert refusal(tmp_path / name, enc).startswith(": cannot be read (Is a directory); add it or name")
 
 
 def test_reader_takes_long_lines_in_reasonable_time(enc, put):
@@ -2357,8 +2366,8 @@ def test_own_split_of_comparisons_is_kept(own, tmp_path):
 
 @pytest.mark.parametrize("change, told", [
     (lambda folder: (folder / "comparisons.jsonl").unlink(), "comparisons.jsonl: cannot be"),
-    (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[:3]), "give at least 4 prompts"),
-    (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[3:]), "no pair of different rank"),
+    (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[:3]), "at least four"),
+    (lambda folder: write_rows(folder / "comparisons.jsonl", COMPARED[3:]), "unequal text and rank"),
     (lambda folder: (folder / "test.jsonl").unlink(), "test.jsonl"),
     (lambda folder: write_rows(folder / "comparisons.jsonl", [
         {"prompt": f"a {i}", "chosen": "hat " * 40, "rejected": "no"} for i in range(9)]), "9 of 9 rows"),
@@ -2380,6 +2389,76 @@ def test_own_comparisons_with_a_long_response_are_left_out_and_counted(own, tmp_
     cfg = ig.Config(data=str(own), comparisons=str(path), out=str(tmp_path), device="cpu")
     run = ig.Run(cfg, None, False)
     assert len(run.comparisons("train")) == 3 and "1 of 5 rows" in capsys.readouterr().out
+
+
+def test_own_comparisons_keep_a_sampled_response_that_did_not_end(enc, own, tmp_path):
+    text = "The cat is in the barn. The dog is in the park. Where"             # 16 tokens and more
+    ids = enc.encode_ordinary(" " + text)[:16]
+    full = enc.decode(ids).removeprefix(" ")
+    rows = [{"prompt": f"a {i}", "responses": [full, "no"], "ranks": [2, 1], "ended": [i > 1, True]}
+            for i in range(4)]
+    write_rows(tmp_path / "c.jsonl", rows)
+    run = ig.Run(ig.Config(data=str(own), comparisons=str(tmp_path / "c.jsonl"), out=str(tmp_path / "out"),
+                           device="cpu"), None, False)
+    kept = run.rows(run.given, ig.comparison, lambda c: [y for y, e in zip(c["responses"], c["ended"]) if e])
+    assert len(ids) == 16 and [c["prompt"] for c in kept] == ["a 0", "a 1"]    # with its end it would be 17
+    write_rows(tmp_path / "c.jsonl", [{**row, "split": "train"} for row in rows])
+    assert [c["prompt"] for c in run.comparisons("train")] == ["a 0", "a 1"]
+
+
+def test_own_comparisons_in_the_folder_of_the_run_are_not_overwritten(own, tmp_path, capsys):
+    folder = shutil.copytree(own, tmp_path / "mine")
+    before = (folder / "comparisons.jsonl").read_bytes()
+    for words in (["--data", str(folder), "--out", str(folder), "--fresh"],
+                  ["--out", str(folder), "--comparisons", str(folder / "comparisons.jsonl")]):
+        assert ig.main(["rm", "--smoke", "--device", "cpu", *words]) == 2
+        assert "the run would write over" in capsys.readouterr().err
+        assert (folder / "comparisons.jsonl").read_bytes() == before
+
+
+def test_own_comparisons_edited_without_a_change_of_size_are_another_file(own, tmp_path):
+    path = tmp_path / "c.jsonl"
+    write_rows(path, COMPARED)
+    cfg = ig.Config(data=str(own), comparisons=str(path), out=str(tmp_path / "out"), device="cpu")
+    run = ig.Run(cfg, None, False)
+    before, size = run.settings("rm"), path.stat().st_size
+    path.write_text(path.read_text().replace('"ranks": [1, 2', '"ranks": [2, 1'))
+    assert path.stat().st_size == size and ig.change({"settings": before}, run.settings("rm"))
+
+
+@pytest.mark.parametrize("rows", [
+    [{"prompt": f"a {i}", "responses": ["x", "x"], "ranks": [1, 2], "ended": [True, True]} for i in range(9)],
+    [{"prompt": f"a {i}", "responses": ["x", "y"], "ranks": [1, 1]} for i in range(9)]])
+def test_own_comparisons_without_a_pair_to_learn_from_are_refused(rows, own, tmp_path):
+    write_rows(tmp_path / "c.jsonl", rows)
+    cfg = ig.Config(data=str(own), comparisons=str(tmp_path / "c.jsonl"), out=str(tmp_path), device="cpu")
+    with pytest.raises(ig.UserError, match="c.jsonl: no answers of unequal text and rank for the split"):
+        ig.Run(cfg, None, False).comparisons("train")
+
+
+def test_rows_left_out_are_told_once(own, tmp_path, capsys):
+    write_rows(tmp_path / "c.jsonl", [*COMPARED, {"prompt": "a", "chosen": "hat " * 40, "rejected": "no"}])
+    cfg = ig.Config(data=str(own), comparisons=str(tmp_path / "c.jsonl"), out=str(tmp_path), device="cpu")
+    run = ig.Run(cfg, None, False)
+    assert run.comparisons("train") == run.comparisons("train")
+    assert capsys.readouterr().out.count("left out") == 1
+
+
+@pytest.mark.parametrize("name, lines, told", [
+    ("pretrain_valid.txt", "short", "pretrain_valid.txt: holds fewer than"),
+    ("ppo_train.jsonl", "{}", "ppo_train.jsonl:1: ")])
+def test_what_comes_late_is_read_before_the_training(name, lines, told, own, tmp_path, capsys):
+    folder, out = shutil.copytree(own, tmp_path / "mine"), tmp_path / "out"
+    (folder / name).write_text(lines)
+    assert ig.main([*FAST, "--data", str(folder), "--out", str(out)]) == 2
+    assert told in capsys.readouterr().err and not list(out.glob("*.pt"))
+
+
+def test_checkpoint_of_other_settings_stops_the_run_before_the_training(smoke, tmp_path, capsys):
+    out = shutil.copytree(smoke[0], tmp_path / "out")
+    (out / "ppo.pt").unlink()
+    assert ig.main(["--smoke", "--device", "cpu", "--out", str(out), "--ptx_coef", "0"]) == 2
+    assert "ppo_ptx.pt was made with ptx_coef" in capsys.readouterr().err and not (out / "ppo.pt").exists()
 
 
 def test_probes_too_long_for_the_context_are_told_before_the_training(tmp_path, capsys):
@@ -2458,7 +2537,7 @@ def test_rival_of_other_data_or_without_a_checkpoint_is_refused(smoke, tmp_path,
     assert ig.main([*words, str(tmp_path)]) == 2 and "holds no pretrain.pt" in capsys.readouterr().err
     c = ig.load(str(smoke[0] / "pretrain.pt"))
     ig.save(str(tmp_path / "pretrain.pt"), {**c, "settings": {**c["settings"], "data": "mine"}})
-    assert ig.main([*words, str(tmp_path)]) == 2 and "made with data mine" in capsys.readouterr().err
+    assert ig.main([*words, str(tmp_path)]) == 2 and "made with data 'mine'" in capsys.readouterr().err
     ig.save(str(tmp_path / "pretrain.pt"), {**c, "config": {**c["config"], "block_size": 32}})
     assert ig.main([*words, str(tmp_path)]) == 2 and "smaller --block_size" in capsys.readouterr().err
     assert ig.main([*words, "nowhere"]) == 2 and "--rival nowhere" in capsys.readouterr().err
@@ -2586,7 +2665,7 @@ def test_checkpoints_older_than_a_setting_are_taken_as_made_with_its_default(who
     log = (out / "log.jsonl").read_bytes()
     assert command("sft", *TINY, "--out", out).returncode == 0 and (out / "log.jsonl").read_bytes() == log
     done = command("sft", *TINY, "--out", out, "--encoding", os.path.join(DATA, "vocab.tiktoken"))
-    one_line(done, "sft.pt was made with encoding , now encoding is ")
+    one_line(done, "sft.pt was made with encoding '', now encoding is ")
 
 
 def test_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, tmp_path):
@@ -3036,7 +3115,7 @@ def test_encoding_by_name_is_tiktokens_and_any_other_word_a_rank_file(monkeypatc
     monkeypatch.setattr(ig.tiktoken, "get_encoding", lambda name: asked.append(name) or theirs)
     assert ig.find_encoding("gpt2") is theirs and asked == ["gpt2"]
     assert ig.find_encoding(path).n_vocab == 258 and asked == ["gpt2"]
-    with pytest.raises(ig.UserError, match="gpt3: cannot be read .*; name a file"):
+    with pytest.raises(ig.UserError, match="gpt3: cannot be read .* name another file"):
         ig.find_encoding("gpt3")
     theirs = ig.tiktoken.Encoding("gap", pat_str=ig.PIECES, mergeable_ranks=theirs._mergeable_ranks,
                                   special_tokens={ig.EOT: 300})
@@ -3087,7 +3166,7 @@ def test_run_from_gpt2_weights_with_its_encoding(tmp_path, capsys):
     shutil.copy(init, tmp_path / "other.safetensors")
     for other in ([*words, "--init", str(tmp_path / "other.safetensors")], [*words]):
         assert ig.main(other) == 2
-        assert f"sft.pt was made with init {init}, now init is" in capsys.readouterr().err
+        assert f"sft.pt was made with init {str(init)!r}, now init is" in capsys.readouterr().err
     assert ig.main([*words[:-2], "--init", str(init)]) == 2
     assert "now encoding is" in capsys.readouterr().err
 
@@ -3395,7 +3474,7 @@ def test_eq2_exact_kl_is_its_definition_and_the_mean_of_k1():
 
 def table_on(screen):
     """name -> (reward, KL, answer) of the last table on the screen; a star stays on the reward."""
-    rows = screen.split("reward    KL\n")[-1].split("\n> ")[0].splitlines()
+    rows = screen.split("reward     KL\n")[-1].split("\n> ")[0].splitlines()
     rows = [row.split(None, 3) for row in rows]
     return {name: (reward, float(kl), answer) for name, reward, kl, answer in rows}
 
