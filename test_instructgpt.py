@@ -1527,6 +1527,8 @@ def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, s
     optimizers, steps = (ig.adamw(actor, 0.1), ig.adamw(critic, 0.1)), []
     for o in optimizers:
         o.register_step_pre_hook(lambda o, *_: steps.append(o.param_groups[0]["lr"]))
+    stepped_on, weights = [], list(actor.parameters())
+    optimizers[0].register_step_pre_hook(lambda *_: stepped_on.extend(p.grad.clone() for p in weights))
     rows, t = torch.arange(16), int(e["length"].max())
     got = ig.update(cfg, actor, critic, optimizers, e, rows, 2.0, text, 0.5)
     assert steps == [0.5 * cfg.policy_lr, cfg.value_lr]                # one step each
@@ -1539,9 +1541,15 @@ def test_section_c4_update_is_one_step_on_the_sum_of_both_gradients(enc, sets, s
     ig.policy_loss(ig.token_logprobs(twin, e["tokens"][:, :t]), old, advantages, mask).backward()
     norm = lambda: torch.stack([p.grad.norm() for p in twin.parameters()]).norm().item()
     assert got["|ppo|"] == pytest.approx(norm(), rel=1e-4)
+    first = [p.grad.clone() for p in twin.parameters()]
     twin.zero_grad()
     (2.0 * ig.lm_loss(twin, text)).backward()
     assert got["|ptx|"] == pytest.approx(norm(), rel=1e-4)
+    for p, g in zip(twin.parameters(), first):
+        p.grad += g
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    for p, g in zip(twin.parameters(), stepped_on, strict=True):       # the step is on the sum
+        close(g, p.grad, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
