@@ -715,6 +715,14 @@ def encode_comparison(enc, c, longest):
     return encode_prompt(enc, c["prompt"]), responses, ranks
 
 
+def encode_comparisons(enc, comparisons, longest):
+    """One by one the encoded comparisons that hold at least one pair: answers of unequal text and rank."""
+    for c in comparisons:
+        encoded = encode_comparison(enc, c, longest)
+        if len({rank for rank in encoded[2] if rank}) > 1:
+            yield encoded
+
+
 def score_comparisons(reward_model, batch, device):
     """Encoded comparisons -> scores (B,K), ranks (B,K), K the most of any prompt. One forward a response."""
     flat = [(b, k, x, y) for b, (x, ys, ranks) in enumerate(batch) for k, y in enumerate(ys) if ranks[k]]
@@ -730,8 +738,7 @@ def score_comparisons(reward_model, batch, device):
 def train_reward_model(cfg, enc, model, comparisons, demos, device, log, name="rm"):
     """The reward model, from the SFT model, on all pairs of each prompt; one epoch, as more overfit (C.2)."""
     generator, reward_model = seed(cfg, name), copy_of(model, head="scalar").train()
-    data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
-    data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
+    data = list(encode_comparisons(enc, comparisons, cfg.max_new_tokens))
     lengths, optimizer = [len(x) for x, _, _ in data], adamw(reward_model, cfg.rm_lr)
     plan = batches(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
     size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, of up to k_max rows each
@@ -939,8 +946,7 @@ def preference_loss(method, policy, reference, batch, beta, kl0, device):
 def train_on_comparisons(cfg, enc, method, model, comparisons, device, log):
     """The SFT model after one pass over the comparisons with DPO or KTO, at PPO's beta and learning rate."""
     generator, policy, reference = seed(cfg, method), copy_of(model), freeze(model)
-    data = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
-    data = [d for d in data if len({r for r in d[2] if r}) > 1]                 # at least one pair
+    data = list(encode_comparisons(enc, comparisons, cfg.max_new_tokens))
     plan = batches([len(x) for x, _, _ in data], cfg.rm_batch, 1, generator)
     optimizer = adamw(policy, cfg.policy_lr)
     size = cfg.micro_batch and max(1, cfg.micro_batch // cfg.k_max)    # prompts, as for the reward model
@@ -1009,9 +1015,10 @@ def preference(world, group, tasks, mine, theirs, judges, rng):
     people, wins = world.make_labelers(group) if group else [], []
     for task, a, b in zip(tasks, mine, theirs):
         merits, texts = [world.check(task, x["text"], x["ended"]) for x in (a, b)], [a["text"], b["text"]]
-        ranks = [[-round(world.gold(m), 6) for m in merits]]
         if group:
             ranks = [world.rank(labeler, merits, texts, rng) for labeler in rng.sample(people, judges)]
+        else:                                              # what differs by rounding alone is a tie
+            ranks = [[-round(world.gold(m), 6) for m in merits]]
         wins.append(mean([0.5 if x == y else float(x < y) for x, y in ranks]))
     return wins
 
@@ -1261,7 +1268,7 @@ def picture(results, history, best_of_n):
     old, new = (results[k].get("gold_by_use_case", {}) for k in ("SFT", chosen))
     gain = {k: (new[k] - old[k], 0) for k in sorted(new, key=lambda k: old[k] - new[k])[:10]}
     kl = "KL to SFT, nats a response, root axis"
-    root, square = lambda x, y: (max(x, 0) ** 0.5, y), lambda t: t * abs(t)
+    root, square = lambda x, y: (max(x, 0) ** 0.5, y), lambda t: t * abs(t)    # ticks may lie below 0
     panels = [("Preferred to SFT", "share of comparisons, 95 % intervals", wins, bars, inks, 0.5),
               ("Alignment tax", "rise of the pretraining loss, nats a token", tax, bars, inks),
               ("Losses, nats", "% of the steps", losses, curves, inks, float, lambda t: round(2 ** t, 2)),
@@ -1908,6 +1915,8 @@ class Run:
         if sampled:
             path = self.path("comparisons.jsonl")
             rows = [c for c in read_jsonl(path, comparison) if c.get("split") == split]
+        elif not self.given:
+            raise UserError(f"{path}: is missing; add it, or name a file with --comparisons")
         else:                                              # a response without end takes no end-of-text
             ended = lambda c: [y for y, end in zip(c["responses"], c["ended"]) if end]
             rows = self.rows(path, comparison, ended)
@@ -1915,8 +1924,7 @@ class Run:
             held_out = set() if known else {*list(dict.fromkeys(c["prompt"] for c in rows))[3::4]}
             rows = [{k: c[k] for k in ("prompt", "responses", "ranks", "ended")} for c in rows
                     if c.get("split", "valid" if c["prompt"] in held_out else "train") == split]
-        encoded = (encode_comparison(self.enc, c, cfg.max_new_tokens) for c in rows)
-        if not any(len({r for r in ranks if r}) > 1 for _, _, ranks in encoded):
+        if not any(encode_comparisons(self.enc, rows, cfg.max_new_tokens)):
             raise UserError(f"{path}: no answers of unequal text and rank for the split {split}; give more "
                             "prompts, at least four")
         return rows
