@@ -412,8 +412,8 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         for name, value in dict(tokens=tokens, at=lens[:, None] - 1, uniforms=luck, step=0, alive=True,
                                 mask=False, logprobs=0).items():
             s[name][:] = value
-        if P > 1:                                          # prefill; each row's last token is fed below
-            policy.hidden(tokens[:, :P - 1], s["cache"])
+        if P > 1:            # prefill: fills the cache, keeps nothing else; a row's last token is fed below
+            policy.hidden(tokens[:, :P - 1], s["cache"], keep=tokens[:, :P - 1] < 0)
         for i in range(n):
             seen = P + i if device.type == "cpu" else width
             graph.replay() if graph else decode_step(policy, s, seen, eos, temperature)
