@@ -90,7 +90,7 @@ class Config:
     out: str = setting("out", "folder that the run writes to")
     data: str = setting("", "folder with the data sets; empty: data/ beside this file", stage="pretrain")
     comparisons: str = setting("", "file to learn from; empty: that of --data, or labelers rank", stage="rm")
-    device: str = setting("", "cpu, cuda or mps; empty: the best there is")
+    device: str = setting("", "cpu, cuda or mps; empty: cuda, if there is one, else cpu")
     dtype: str = setting("float32", "or bfloat16, on a GPU that has it", stage="pretrain")
     save_every: float = setting(30.0, "seconds of training between two saves")
     micro_batch: int = setting(0, "rows at once in training, if a minibatch does not fit; 0: all")
@@ -222,18 +222,17 @@ class Attention(nn.Module):
         self.n_head = c.n_head
 
     def forward(self, x, cache=None, slots=None, bias=None):
-        """x (B,T,C) -> (B,T,C). Decoding, T is 1: the cache (2,B,H,its T,C/H) holds keys and values so far,
-        slots (B,H) are the places in it for the new ones, bias (B,1,1,width) hides what comes later. With a
+        """x (B,T,C) -> (B,T,C). Decoding, T is 1: the cache (2,B,its T,H,C/H) holds keys and values so far,
+        slots (B,) are the places in it for the new ones, bias (B,1,1,width) hides what comes later. With a
         cache but no bias the tokens are a prompt's, and fill the cache's first T places."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B,T,3,H,C/H)
         q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))                    # (B,H,T,C/H) each
         if cache is not None and bias is None:             # prefill: keep the prompt's keys and values
-            cache[0, :, :, :T], cache[1, :, :, :T] = k, v
+            cache[:, :, :T] = qkv[:, :, 1:].movedim(2, 0)
         elif cache is not None:                            # decode: each row writes at its own position
-            new = qkv[:, 0, 1:].transpose(0, 1).flatten(1, 2)                   # (2,B*H,C/H)
-            cache.view(2, -1, C // self.n_head).index_copy_(1, slots.flatten(), new)
-            k, v = cache[:, :, :, :bias.size(-1)]                               # (B,H,width,C/H) each
+            cache.flatten(1, 2).index_copy_(1, slots, qkv[:, 0, 1:].transpose(0, 1))    # (2,B,H,C/H) go in
+            k, v = cache[:, :, :bias.size(-1)].transpose(2, 3)                  # (B,H,width,C/H) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                  # (B,T,C)
 
@@ -291,8 +290,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{tokens.size(1)} tokens exceed the block of {self.config.block_size}")
             position = torch.arange(tokens.size(1), device=tokens.device)       # (T,)
         else:
-            _, B, H, T, _ = cache[0].shape
-            slots = torch.arange(B * H, device=tokens.device).view(B, H) * T + position            # (B,H)
+            _, B, T, _, _ = cache[0].shape
+            slots = torch.arange(B, device=tokens.device) * T + position[:, 0]  # (B,)
             later = torch.arange(width, device=tokens.device) > position        # (B,width)
             bias = (-1e30 * later[:, None, None]).to(cache[0].dtype)            # (B,1,1,width) for all layers
         x = self.wte(tokens) + self.wpe(position)                               # (B,T,C)
@@ -303,8 +302,9 @@ class GPT(nn.Module):
 
     def project(self, x):
         """(...,C) -> logits (...,vocab) or, with the scalar head, (...), in float32 as rewards have to be."""
-        if not self.head:
-            return F.linear(x, self.wte.weight)
+        w, low = self.wte.weight, torch.is_autocast_enabled(x.device.type)
+        if not self.head:                                  # bfloat16 products are slow, if 64 does not divide
+            return F.linear(x, F.pad(w, (0, 0, 0, -len(w) % 64)))[..., :len(w)] if low else F.linear(x, w)
         with torch.autocast(x.device.type, enabled=False):
             return self.head(x.float()).squeeze(-1)
 
@@ -314,9 +314,9 @@ class GPT(nn.Module):
         return self.project(self.hidden(tokens, keep=keep))
 
     def new_cache(self, B, T):
-        """Keys and values of each layer: a list of (2,B,H,T,C/H), written in place."""
+        """Keys and values of each layer: a list of (2,B,T,H,C/H), written in place."""
         c, w = self.config, self.wte.weight
-        shape = 2, B, c.n_head, T, c.n_embd // c.n_head
+        shape = 2, B, T, c.n_head, c.n_embd // c.n_head
         return [torch.zeros(shape, dtype=w.dtype, device=w.device) for _ in self.h]
 
 
@@ -352,11 +352,16 @@ class Rollout:
         return [t[1:][m].tolist() for t, m in zip(self.tokens.cpu(), self.mask.cpu())]
 
 
+def log_softmax(logits, temperature):
+    """In float32, whatever the model's type. Dividing by 1 would cost a pass over all the logits."""
+    return F.log_softmax(logits.float() if temperature == 1 else logits.float() / temperature, dim=-1)
+
+
 def pick(logits, u, temperature):
     """logits (B,V), uniforms u (B,) -> token (B,), its log-prob (B,). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(u)      # (B,), (B,): a certain choice
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)              # (B,V)
+    logprobs = log_softmax(logits, temperature)                                 # (B,V)
     cdf = logprobs.exp().cumsum(-1)                                             # (B,V)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)      # (B,1) the first with cdf > u
     token = token.clamp(max=logits.size(-1) - 1)
@@ -447,14 +452,15 @@ def whiten(x, mask):
 
 
 def token_logprobs(model, tokens, temperature=1.0, mask=None):
-    """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). Log-softmax in float32 whatever the model's type.
-    The temperature is the sampler's: what is scored must be what was sampled from. With a mask (B,T-1) only
-    its N entries are computed and go back to their places; elsewhere stands 0."""
-    targets = tokens[:, 1:] if mask is None else tokens[:, 1:][mask]            # (B,T-1) or (N,)
-    # the last token predicts nothing and is fed all the same: attention is faster at 64 places than at 63
-    logits = model(tokens)[:, :-1] if mask is None else model(tokens, F.pad(mask, (0, 1)))     # (N,V) with it
-    y = F.log_softmax(logits.float() / temperature, dim=-1).gather(-1, targets[..., None]).squeeze(-1)
-    return y if mask is None else torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, y)
+    """log pi(token t+1 | tokens 0..t): (B,T) -> (B,T-1). The temperature is the sampler's: what is scored
+    must be what was sampled from. With a mask (B,T-1) only its N entries are computed and go back to their
+    places; elsewhere stands 0."""
+    # the last token predicts nothing; it is fed all the same, and what it says of an id 0 is cut off last: to
+    # cut logits copies them all, and attention is faster at 64 places than at 63
+    targets = F.pad(tokens[:, 1:], (0, 1)) if mask is None else tokens[:, 1:][mask]            # (B,T) or (N,)
+    logits = model(tokens) if mask is None else model(tokens, F.pad(mask, (0, 1)))      # (B,T,V) or (N,V)
+    y = log_softmax(logits, temperature).gather(-1, targets[..., None])[..., 0]         # (B,T) or (N,)
+    return y[:, :-1] if mask is None else torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, y)
 
 
 def token_values(value_net, tokens, mask):
@@ -702,6 +708,7 @@ def collect(cfg, enc, policy, rows, world, generator, rng, log, size=512):
                 c["second_ranks"] = world.rank(two, merits, texts, rng)
             out.append(c)
         log("collect", step + 1, len(plan), prompts=len(out))
+    policy.kept.clear()                          # a GPU's buffers
     return out
 
 
@@ -1105,6 +1112,7 @@ def question(cfg, enc, models, reward_model, tests, probes, device):
                 every = [range(i, len(got), len(items)) for i in range(len(items))]
                 got = [got[max(places, key=scores.__getitem__)] for places in every]
             answers[name][which] = got
+        model.kept.clear()                                 # a GPU's buffers
     return answers, sets
 
 
@@ -1380,7 +1388,8 @@ class Log:
             if stop or self.step == n - 1 or time.time() - saved >= self.cfg.save_every:
                 save(path, {"format": FORMAT, "settings": self.settings, "step": self.step + 1,
                             "seconds": time.time() - start, "state": {k: pack(x) for k, x in state.items()},
-                            "rng": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()})
+                            "rng": torch.get_rng_state(), "cuda":
+                            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []})
                 saved, self.kept = time.time(), self.step + 1
             if stop:
                 raise KeyboardInterrupt
@@ -1753,8 +1762,6 @@ class Run:
         self.cfg, self.source = cfg, source
         self.models, self.corpora, self.seconds, self.told = {}, {}, {}, set()
         self.device = find_device(cfg.device, cfg.dtype)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)   # streams and graphs go by the current one
         self.data = cfg.data or os.path.join(os.path.dirname(__file__), "data")
         self.enc = find_encoding(cfg.encoding or self.path("vocab.tiktoken", self.data))
         self.world = toyworld(self.data)
@@ -2121,15 +2128,21 @@ def chat(run, names):
 
 
 def find_device(name, dtype="float32"):
-    """The torch device of this name; without one the best there is. UserError if it is not there."""
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    """The torch device of this name, made the current one; without a name a CUDA GPU or, where there is none,
+    the CPU. UserError if it is not there. MPS is taken only by name, and from torch 2.12 on: before, its
+    attention, index_copy_ and products with strided weights raised or were silently wrong."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
+    there += ["mps"] * (torch.backends.mps.is_available() and torch.__version__ >= "2.12")
     if name not in there:
-        raise UserError(f"--device {name}: not there; this machine has {', '.join(there)}")
+        raise UserError(f"--device {name}: not there; this machine has {', '.join(there)} (mps: with torch "
+                        "2.12 or later)")
     new = "cuda" in name and torch.cuda.get_device_capability(name)[0] >= 8        # Ampere
     if dtype not in ["float32"] + ["bfloat16"] * new:
         raise UserError(f"--dtype {dtype}: must be float32 or, only on a CUDA GPU from Ampere on, bfloat16")
+    if "cuda" in name:
+        torch.cuda.set_device(name)                        # streams and graphs go by the current one
+        torch.backends.cuda.enable_cudnn_sdp(False)        # plans anew, some 30 ms, for each shape it meets
     return torch.device(name)
 
 

@@ -83,7 +83,7 @@ def move(model, seed=1, size=0.1):
     """The same model after an "optimizer step": weights changed in place."""
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
-            p.add_(size * normal(*p.shape, seed=1000 * seed + i))
+            p.add_(size * normal(*p.shape, seed=1000 * seed + i).to(p.device))
     return model
 
 
@@ -502,10 +502,8 @@ def test_section_c4_decode_step_keeps_its_shapes_and_never_waits_for_the_host(mo
 
 class Graph:
     """A CUDA graph's stand-in: what capture() recorded, replayed on the same buffers."""
-    made = 0
 
     def __init__(self, policy, s, width, eos, temperature):
-        Graph.made += 1
         ig.decode_step(policy, s, width, eos, temperature)             # the warm-up leaves its traces
         assert width % 16 == 0 or width == policy.config.block_size
         self.replay = lambda: ig.decode_step(policy, s, width, eos, temperature)
@@ -516,18 +514,20 @@ def assert_same_rollout(a, b):
     close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
 
 
-def test_section_c4_graph_and_eager_agree_token_for_token(monkeypatch):
-    monkeypatch.setattr(ig, "capture", Graph)
-    model, Graph.made = tiny(block=36), 0
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_section_c4_graph_and_eager_agree_token_for_token(monkeypatch, device):
+    capture, made = Graph if device == "cpu" else ig.capture, []
+    monkeypatch.setattr(ig, "capture", lambda *a: made.append(a) or capture(*a))
+    model, luck = tiny(block=36).to(device), lambda seed: torch.Generator(device).manual_seed(seed)
     for step, prompts in enumerate([PROMPTS, PROMPTS[::-1], [[5], [4, 3], [2], [1, 8]], PROMPTS * 2]):
         for n in (9, 10):                                              # new prompts and weights, old buffers
-            assert_same_rollout(*(ig.rollout(model, prompts, n, EOS, 1.0, seeded(step), graphs=g)
+            assert_same_rollout(*(ig.rollout(model, prompts, n, EOS, 1.0, luck(step), graphs=g)
                                   for g in (True, False)))
         with torch.no_grad():
             move(model, seed=step)
-    assert Graph.made == 4                                             # B of 4 or 8, n of 9 or 10; T is 16
-    assert_same_rollout(*(ig.rollout(model, [[1] * 30], 6, EOS, 1.0, seeded(0), graphs=g) for g in (1, 0)))
-    assert len(model.kept) == Graph.made == 4                          # a fifth shape goes without a graph
+    assert len(made) == 4                                              # B of 4 or 8, n of 9 or 10; T is 16
+    assert_same_rollout(*(ig.rollout(model, [[1] * 30], 6, EOS, 1.0, luck(0), graphs=g) for g in (1, 0)))
+    assert len(model.kept) == len(made) == 4                           # a fifth shape goes without a graph
     assert set(model.state_dict()) == set(tiny().state_dict())
 
 
@@ -3748,6 +3748,7 @@ def bench_size(name, device, low, bandwidth, flops, line, batches, part, patienc
     for B in batches:
         if not fits("rollout", B, slower * whole(B), 3 * B * (2 * L * C * (P + N) * size + 24 * V)):
             continue
+        used.kept.clear()                                            # only so many graphs are kept
         works = {"all": lambda: roll(B), "one": lambda: roll(B, 1)}
         if gpu:
             works["eager"] = lambda: roll(B, graphs=False)
@@ -3885,6 +3886,40 @@ def test_eq2_kl_is_to_the_reference_not_to_the_sampler(enc, sets):
                            reward_model, prompts, seeded(1))
     close(e["ref_logprobs"], ig.token_logprobs(reference, e["tokens"], 1.0, e["mask"]), atol=1e-5, rtol=0)
     assert (e["logprobs"] - e["ref_logprobs"]).abs().max() > 0.01
+
+
+def test_bfloat16_logits_come_from_a_product_of_a_width_that_64_divides(monkeypatch):
+    model, tokens, widths, linear = tiny(), torch.randint(V, (3, 8), generator=seeded(0)), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: widths.append(len(w)) or linear(x, w, *b))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(tokens)
+    exact = model(tokens)
+    assert widths[len(widths) // 2 - 1] == 64 and widths[-1] == V      # the head's is the last of a forward
+    assert low.shape == exact.shape == (3, 8, V)
+    assert (low - exact).abs().mean() < 0.02 * exact.abs().mean()
+    low.float().logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("version, there", [("2.11.1", False), ("2.12.0", True), ("2.13.0+cpu", True)])
+def test_mps_is_taken_by_name_alone_and_from_the_version_in_which_it_is_right(monkeypatch, version, there):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    assert ig.find_device("").type == "cpu"
+    with contextlib.nullcontext() if there else pytest.raises(ig.UserError, match="2.12"):
+        assert ig.find_device("mps").type == "mps"
+
+
+def test_cuda_is_chosen_where_it_is_and_made_the_current_one_without_cudnn_attention(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    for name, index in (("", 0), ("cuda", 0), ("cuda:1", 1)):
+        assert ig.find_device(name, "bfloat16") == torch.device("cuda", index)
+    assert calls == ["cuda:0", False, "cuda:0", False, "cuda:1", False]
 
 
 def test_bfloat16_copy_is_made_once_and_steps_without_autocast(monkeypatch):
