@@ -302,11 +302,14 @@ class GPT(nn.Module):
 
     def project(self, x):
         """(...,C) -> logits (...,vocab) or, with the scalar head, (...), in float32 as rewards have to be."""
-        w, low = self.wte.weight, torch.is_autocast_enabled(x.device.type)
-        if not self.head:                                  # bfloat16 products are slow, if 64 does not divide
-            return F.linear(x, F.pad(w, (0, 0, 0, -len(w) % 64)))[..., :len(w)] if low else F.linear(x, w)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(x.float()).squeeze(-1)
+        if self.head:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.head(x.float()).squeeze(-1)
+        w = self.wte.weight                                                     # (vocab,C)
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, w)
+        padded = F.pad(w, (0, 0, 0, -len(w) % 64))         # widths that 64 does not divide are slow in bfloat16
+        return F.linear(x, padded)[..., :len(w)]
 
     def forward(self, tokens, keep=None):
         """tokens (B,T) -> logits (B,T,vocab) or, with the scalar head, (B,T); with keep (B,T) bool only its N
