@@ -619,11 +619,11 @@ def accumulate(loss, weights, size=0):
 
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that are there, clipped at norm 1."""
-    finite("the gradient's norm", nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    finite("the gradient's norm", nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    model.zero_grad()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -835,18 +835,18 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
         tokens, mask, old, returns = cut(e, rows[i], "mask", "values", "returns")
         return value_loss(token_values(value_net, tokens, mask), old, returns, mask, cfg.value_clip)
 
-    norm = lambda: torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
+    grads = lambda: [p.grad for p in policy.parameters()]
+    norm = lambda: torch.stack(torch._foreach_norm(grads())).norm().item()
     # 5. PPO's gradient ...
     accumulate(surrogate, weights, cfg.micro_batch)
     norms = {"|ppo|": norm(), "|ptx|": 0.0}
     # 6. ... and the pretraining gradient, for one optimizer step on the sum, Eq. 2 (C.4).
     if ptx_coef:
-        ppo_grads = [p.grad for p in policy.parameters()]  # set aside, so that each norm can be logged
-        optimizers[0].zero_grad()
+        ppo_grads = grads()                                # set aside, so that each norm can be logged
+        policy.zero_grad()
         accumulate(lambda i: ptx_coef * lm_loss(policy, text[i]), torch.ones(len(text)), cfg.micro_batch)
         norms["|ptx|"] = norm()
-        for p, g in zip(policy.parameters(), ppo_grads):
-            p.grad += g
+        torch._foreach_add_(grads(), ppo_grads)
     clip_and_step(policy, optimizers[0], cfg.policy_lr * warm)
     # 7. The value net, a network of its own.
     loss = accumulate(error, weights, cfg.micro_batch)
