@@ -3932,6 +3932,19 @@ def test_bfloat16_copy_is_made_once_and_steps_without_autocast(monkeypatch):
     assert set(seen) == {(model.kept["bfloat16"], False)}              # a new one would lose its graphs
 
 
+def test_what_a_model_keeps_for_a_gpu_goes_when_it_has_answered(enc, sets, tmp_path):
+    policy, reward_model = small_models(enc)
+    cfg = ig.Config(**SMALL, k_max=4, out=str(tmp_path))
+    rows = [{**r, "split": "train"} for r in sets["rm_train"] if len(r["prompt"]) < 60][:3]
+    with torch.autocast("cpu", torch.bfloat16):                        # here it is a copy in bfloat16
+        out = ig.collect(cfg, enc, policy, rows, tw, seeded(0), random.Random(0), ig.Log(cfg, enc, tw))
+        assert len(out) == 3 and not policy.kept
+        ig.question(cfg, enc, {"SFT": policy}, reward_model, rows, {}, torch.device("cpu"))
+        assert not policy.kept
+        ig.rollout(policy, [[1]], 2, EOS)
+        assert policy.kept
+
+
 def test_section_c4_average_is_returned_and_stands_still_at_decay_1(enc, sets, small_corpus):
     average, reference, *_ = run_ppo(enc, sets, small_corpus, 0.0, policy_lr=1e-2, ema=1.0)
     assert torch.equal(weights(average), weights(reference))
