@@ -45,7 +45,7 @@ What differs from the paper, and why
     public NLP tasks (C.2).
   * The last SFT checkpoint is taken; the paper chose it by reward-model score (C.1).
   * A minibatch carries as many pretraining rows as episodes; in the paper eight times as many.
-What the paper does not say, and what we do: GAE with lambda 0.95, the value's move clipped at 0.2 and
+What the paper does not say, and what we do: GAE's lambda, 0.95, the value's move clipped at 0.2 and
 whitened advantages (Ziegler et al. 2019, Stiennon et al. 2020); token losses are means over response
 tokens; the prompt is masked in the SFT loss, in which mixed-in rows weigh a tenth; the reward is read at
 the end-of-text token and a response that does not end scores -1; gradients are clipped at norm 1; no
@@ -128,7 +128,7 @@ class Config:
     value_lr: float = setting(1e-3, "value net's learning rate, fixed", "9e-6", "ppo")
     warmup: int = setting(10, "warm-up iterations from a tenth of the peak, constant after it", "10", "ppo")
     beta: float = setting(0.2, "KL coefficient, in units of score a nat", "0.02", "ppo")
-    ptx_coef: float = setting(1.0, "weight of the pretraining loss; if given, RL runs once", "27.8", "ppo")
+    ptx_coef: float = setting(1.0, "pretraining loss's weight; if not given, 0 is run too", "27.8", "ppo")
     ptx_rows: int = setting(1, "pretraining rows an episode", "8", "ppo")
     cliprange: float = setting(0.2, "PPO's clip of the ratio", "0.2", "ppo")
     value_clip: float = setting(0.2, "clip of the value's move", "not stated; 0.2 in its ancestors", "ppo")
@@ -290,11 +290,11 @@ class GPT(nn.Module):
                 raise ValueError(f"{tokens.size(1)} tokens exceed the block of {self.config.block_size}")
             position = torch.arange(tokens.size(1), device=tokens.device)       # (T,)
         else:
-            _, B, T, _, _ = cache[0].shape
+            _, B, T, _, _ = cache[0].shape                 # T is the cache's
             slots = torch.arange(B, device=tokens.device) * T + position[:, 0]  # (B,)
             later = torch.arange(width, device=tokens.device) > position        # (B,width)
             bias = (-1e30 * later[:, None, None]).to(cache[0].dtype)            # (B,1,1,width) for all layers
-        x = self.wte(tokens) + self.wpe(position)                               # (B,T,C)
+        x = self.wte(tokens) + self.wpe(position)                               # (B,T,C), decoding (B,1,C)
         for i, block in enumerate(self.h):
             keys_values = None if cache is None else cache[i]
             x = block(x, keys_values, slots, bias, keep=keep if block is self.h[-1] else None)
@@ -308,7 +308,7 @@ class GPT(nn.Module):
         w = self.wte.weight                                                     # (vocab,C)
         if not torch.is_autocast_enabled(x.device.type):
             return F.linear(x, w)
-        padded = F.pad(w, (0, 0, 0, -len(w) % 64))         # widths that 64 does not divide are slow in bfloat16
+        padded = F.pad(w, (0, 0, 0, -len(w) % 64))         # bfloat16 wants widths that 64 divides
         return F.linear(x, padded)[..., :len(w)]
 
     def forward(self, tokens, keep=None):
@@ -367,7 +367,7 @@ def pick(logits, u, temperature):
     logprobs = log_softmax(logits, temperature)                                 # (B,V)
     cdf = logprobs.exp().cumsum(-1)                                             # (B,V)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)      # (B,1) the first with cdf > u
-    token = token.clamp(max=logits.size(-1) - 1)
+    token = token.clamp(max=logits.size(-1) - 1)           # NaN logits find no place
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
@@ -420,14 +420,16 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         for name, value in dict(tokens=tokens, at=lens[:, None] - 1, uniforms=luck, step=0, alive=True,
                                 mask=False, logprobs=0).items():
             s[name][:] = value
-        if P > 1:            # prefill: fills the cache, keeps nothing else; a row's last token is fed below
+        # Prefill: fills the cache; no output is kept (no id is below 0). A row's last token is fed below. A
+        # shorter row's filler goes in too, but stays hidden until the row's own tokens overwrite it.
+        if P > 1:
             policy.hidden(tokens[:, :P - 1], s["cache"], keep=tokens[:, :P - 1] < 0)
         for i in range(n):
             seen = P + i if device.type == "cpu" else width
             graph.replay() if graph else decode_step(policy, s, seen, eos, temperature)
             if i % 4 == 3 and not s["alive"].any():        # the one look at the device, every fourth step
                 break
-        tokens, mask, logprobs = (s[k].clone() for k in ("tokens", "mask", "logprobs"))
+        tokens, mask, logprobs = (s[k].clone() for k in ("tokens", "mask", "logprobs"))    # s is used again
     return Rollout(tokens[:, :T], mask[:, :T - 1], logprobs[:, :T - 1], lens, ~s["alive"])
 
 
@@ -562,7 +564,7 @@ def ema_update(average, model, decay):
 
 
 def cosine(step, steps, warmup=0):
-    """Factor of the learning rate: a linear warm-up, then a cosine from 1 to 0.1 (C.1, C.2)."""
+    """Factor of the learning rate: a cosine from 1 to 0.1 (C.1, C.2); in pretraining a linear warm-up first."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - 1 - warmup)))
@@ -575,9 +577,10 @@ def warmup_factor(iteration, warmup):
 
 # ------------------------------------------------------------------------------------------------------------
 # What every training loop needs. Two things are handed to the loops from outside. `log` (class Log, below):
-# log(stage, step, steps, name=number, ...) writes a line; log.steps(stage, steps, name=object, ...) counts
-# the steps, saves the objects that change now and then, and goes on from there after a stop. `world` is
-# data/toyworld.py: check (the verdict on an answer), gold (its true quality), make_labelers, rank, likert.
+# log(stage, step, steps, name=number, ...) writes a line, log.episodes(...) that of a PPO iteration;
+# log.steps(stage, steps, name=object, ...) counts the steps, saves the objects that change now and then, and
+# goes on from there after a stop. `world` is data/toyworld.py: check (the verdict on an answer), gold (its
+# true quality), make_labelers, rank, likert.
 
 
 def seed(cfg, name, device="cpu"):
@@ -822,7 +825,7 @@ def make_experience(cfg, enc, policy, value_net, reference, reward_model, prompt
 
 def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
     """One minibatch of the episodes e, and the rows of pretraining text that go with it: an optimizer step
-    for the policy and one for the value net. Returns numbers to log."""
+    for the policy, at `warm` times its learning rate, and one for the value net. Returns numbers to log."""
     weights, changes = e["mask"][rows].sum(1), []          # (b,) response tokens; log pi/pi_old of each
 
     def surrogate(i):
