@@ -564,7 +564,7 @@ def ema_update(average, model, decay):
 
 
 def cosine(step, steps, warmup=0):
-    """Factor of the learning rate: a cosine from 1 to 0.1 (C.1, C.2), in pretraining after a linear warm-up."""
+    """Learning rate's factor: a cosine from 1 to 0.1 (C.1, C.2), in pretraining after a linear warm-up."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - 1 - warmup)))
