@@ -622,7 +622,7 @@ def accumulate(loss, weights, size=0):
 
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that are there, clipped at norm 1."""
-    finite("the gradient's norm", nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True))
+    finite("the gradient's norm", nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1394,8 +1394,8 @@ class Log:
             if stop or self.step == n - 1 or time.time() - saved >= self.cfg.save_every:
                 save(path, {"format": FORMAT, "settings": self.settings, "step": self.step + 1,
                             "seconds": time.time() - start, "state": {k: pack(x) for k, x in state.items()},
-                            "rng": torch.get_rng_state(), "cuda":
-                            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []})
+                            "rng": torch.get_rng_state(),
+                            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []})
                 saved, self.kept = time.time(), self.step + 1
             if stop:
                 raise KeyboardInterrupt

@@ -3867,10 +3867,6 @@ def test_bench_refuses_wrong_words_before_it_starts(words, capsys):
     assert not out and ": error: " in error and "Traceback" not in error
 
 
-if __name__ == "__main__":
-    sys.exit(bench(sys.argv[1:]))
-
-
 def test_section_c4_graphs_are_kept_apart_by_temperature_and_end(monkeypatch):
     monkeypatch.setattr(ig, "capture", Graph)
     model = tiny()
@@ -3971,3 +3967,7 @@ def test_stage_stopped_at_a_step_goes_on_with_all_its_state(tmp_path):
     stage(tmp_path / "a", 2)
     for a, b in zip(stage(tmp_path / "a", None), stage(tmp_path / "b", None)):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+if __name__ == "__main__":
+    sys.exit(bench(sys.argv[1:]))
