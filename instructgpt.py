@@ -1872,7 +1872,7 @@ class Run:
         """Trains the model and what it needs, writes its checkpoint, returns it."""
         needs = {"pretrain": [], "sft": ["pretrain"], "rm": ["sft"]}.get(name, ["sft", "rm"])
         before, start, seconds = [self.model(n) for n in needs], time.time(), {}
-        self.log.settings, self.log.earlier = self.settings(name), 0
+        self.log.settings, self.log.earlier = {**self.settings(name), "device": self.device.type}, 0
         cfg, enc, end = self.cfg, self.enc, (self.device, self.log)
         if name == "pretrain":
             model = self.initial() if cfg.init else pretrain(cfg, enc, self.corpus(), *end)
@@ -1979,7 +1979,7 @@ class Run:
             return lambda *pair: preference(self.world, "train", tasks, *pair, cfg.judges,
                                             random.Random(cfg.seed))
         print("no simulated labelers: a second reward model, trained on the held-out comparisons, judges")
-        sft_model, self.log.settings = self.model("sft"), self.settings("rm")
+        sft_model, self.log.settings = self.model("sft"), {**self.settings("rm"), "device": self.device.type}
         judge = train_reward_model(cfg, self.enc, sft_model, self.comparisons("valid"), self.demos(),
                                    self.device, self.log, "judge")
         remove(self.path("judge.part"))

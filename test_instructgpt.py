@@ -2653,6 +2653,11 @@ def test_begun_stage_of_other_settings_is_refused(whole, tmp_path):
         process.kill()
     done = command("pretrain", *TINY, "--pretrain_lr", 0.5, "--out", out)
     assert done.returncode == 2 and "pretrain_lr 0.002, now pretrain_lr is 0.5" in done.stderr
+    part = ig.load(str(out / "pretrain.part"))
+    part["settings"]["device"] = "cuda"                                # its generators live there
+    torch.save(part, out / "pretrain.part")
+    done = command("pretrain", *TINY, "--out", out)
+    assert done.returncode == 2 and "begun with device 'cuda', now device is 'cpu'" in done.stderr
     assert command("pretrain", *TINY, "--pretrain_lr", 0.5, "--out", out, "--fresh").returncode == 0
 
 
@@ -3810,6 +3815,7 @@ def bench(argv, batches=(1, 8, 64, 512), part=1, patience=3.0):
     try:
         device, low = ig.find_device(a.device, a.dtype), a.dtype == "bfloat16"
         torch.set_num_threads(a.threads)
+        torch.set_flush_denormal(True), torch.empty(8_000_000)         # as the command does
         file = open(a.json, "w", encoding="utf-8")
     except (ig.UserError, OSError, RuntimeError) as e:               # RuntimeError: no such device or number
         parser.error(str(e))
