@@ -1647,8 +1647,10 @@ def json_lines(rows):
 def mend(path):
     """Cuts off the half line that a killed process may have left at the end of the log."""
     if os.path.exists(path):
-        with open(path, "rb+") as f:
-            f.truncate(f.read().rfind(b"\n") + 1)
+        with open(path, "rb") as f:              # not rb+: of a folder that may only be read, one may chat
+            text = f.read()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
 
 
 @contextmanager
@@ -1686,9 +1688,12 @@ def unpack(x, data):
 
 def change(c, settings):
     """The first setting that a checkpoint was made with another value of, as text; "" if there is none. One
-    that is younger than the checkpoint had its default."""
-    made = {**asdict(Config()), **c["settings"]}
-    return next((f"{k} {made[k]!r}, now {k} is {v!r}" for k, v in settings.items() if made[k] != v), "")
+    that is younger than the checkpoint had its default; of the device only a stage that was begun tells."""
+    made = {**asdict(Config()), "device": settings.get("device"), **c["settings"]}
+    other = {k: v for k, v in settings.items() if made[k] != v}
+    if other and other.keys() <= {k for k, v in SMOKE.items() if made[k] == v} >= SMOKE.keys() & settings:
+        return "--smoke, now it is not given"
+    return next((f"{k} {made[k]!r}, now {k} is {v!r}" for k, v in other.items()), "")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1777,7 +1782,10 @@ class Run:
             raise UserError(f"--comparisons {cfg.comparisons}: no such file")
         if os.path.realpath(given) == os.path.realpath(self.path("comparisons.jsonl")):
             raise UserError(f"--out {cfg.out}: the run would write over {given}; give another --out")
-        os.makedirs(cfg.out, exist_ok=True)
+        try:
+            os.makedirs(cfg.out, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {cfg.out}: cannot be a folder ({e.strerror}); give another") from e
         self.log = Log(cfg, self.enc, self.world)
         if fresh:
             files = [name + end for name in (*STAGE_OF, "collect", "judge") for end in (".pt", ".part")]
@@ -1985,19 +1993,21 @@ class Run:
         remove(self.path("judge.part"))
         prompts = [encode_prompt(self.enc, p["prompt"]) for p in self.tests]
         score = lambda mine: reward_and_kl(cfg, self.enc, judge, sft_model, prompts, mine, self.device)[0]
-        return lambda *pair: [0.5 if x == y else float(x > y) for x, y in zip(*map(score, pair))]
+        same = lambda a, b: (a["text"], a["ended"]) == (b["text"], b["ended"])     # but for rounding
+        return lambda mine, theirs: [0.5 if same(a, b) else float(x > y) for a, b, x, y in
+                                     zip(mine, theirs, score(mine), score(theirs))]
 
     def evaluate(self, methods=()):
         """Writes results.json, samples.txt and picture.svg, prints samples and table."""
         cfg, enc, device, probes, begun = self.cfg, self.enc, self.device, self.probes, time.time()
         gpt, sft_model, reward_model = [self.model(n) for n in ("pretrain", "sft", "rm")]
-        history = read_jsonl(self.log.path, stage=str, step=int)
-        history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
         models = {"GPT": gpt} | ({"GPT (prompted)": gpt} if probes else {})
         models |= {k: self.model(n) for k, n in MODELS.items() if n in self.models or self.finished(n)}
         models |= {f"best of {cfg.k_max}": sft_model} if "best_of_n" in methods else {}
         models |= {"rival GPT": self.rival} if self.rival else {}
-        judge = self.judge()
+        judge, log = self.judge(), self.log.path           # no log, where all is from --from
+        history = read_jsonl(log, stage=str, step=int) if os.path.exists(log) else []
+        history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
         answers, sets = question(cfg, enc, models, reward_model, self.tests, probes, device)
         half = lambda v: 1.96 * math.sqrt(mean([(x - mean(v)) ** 2 for x in v]) / max(1, len(v)))
         results, valid = {}, "pretrain_valid.txt"
@@ -2092,8 +2102,7 @@ def label(run):
             print(f"  {i}  {on_a_line(*answer)}")
         while (typed := ask("ranking: ")) not in ("u", "s", "q"):
             try:
-                done.append({**c, "ranks": read_ranking(typed, len(c["responses"])), "labeler": "you",
-                             "split": "train"})
+                done.append({**c, "ranks": read_ranking(typed, len(c["responses"])), "labeler": "you"})
                 break
             except ValueError as e:
                 print(USAGE if typed == "?" else e)
@@ -2116,7 +2125,9 @@ def chat(run, names):
     names = names or [k for k, n in MODELS.items() if run.finished(n)]
     for n in ["sft", "rm"] + [MODELS[k] for k in names]:
         if not run.finished(n):
-            raise UserError(f"{run.path(n + '.pt')} is missing: python instructgpt.py {STAGE_OF[n]} makes it")
+            stage = f"ppo --methods {n}" if n in ("reinforce", "dpo", "kto") else STAGE_OF[n]
+            raise UserError(f"{run.path(n + '.pt')} is missing: python instructgpt.py {stage} "
+                            f"--out {cfg.out} makes it, with this run's other flags")
     models, sft_model, reward_model = [run.model(MODELS[k]) for k in names], run.model("sft"), run.model("rm")
     print("Ask; q quits. reward: demonstrations are at 0, * no end, fixed. KL to SFT: nats")
     while (text := ask("> ")) != "q":
@@ -2199,7 +2210,9 @@ def parse(argv):
                       (a.source and not os.path.isdir(a.source), f"--from {a.source}: no such folder"),
                       (same, f"--from {a.source}: is --out; give another --out"),
                       (a.rival and not os.path.exists(os.path.join(a.rival, "pretrain.pt")),
-                       f"--rival {a.rival}: holds no pretrain.pt, as a run leaves it")):
+                       f"--rival {a.rival}: holds no pretrain.pt, as a run leaves it"),
+                      (a.rival and a.fresh and os.path.realpath(a.rival) == os.path.realpath(cfg.out),
+                       f"--rival {a.rival}: is --out, which --fresh empties")):
         if bad:
             parser.error(told)
     return a, cfg, given

@@ -2356,6 +2356,21 @@ def test_own_data_train_and_are_judged_by_a_second_reward_model(own, tmp_path, c
     assert "gold" not in text.replace("gold     true quality", "").replace("rise with score", "")
     stages = Counter(json.loads(line)["stage"] for line in open_lines(out / "log.jsonl"))
     assert "collect" not in stages and stages["judge"] == 2 and stages["rm"] == 4     # 5 and 15 of 20 prompts
+    drawn = (out / "picture.svg").read_bytes()
+    again = [*FAST, "evaluate", "--data", str(own), "--out", str(out), "--methods", "dpo", "best_of_n"]
+    assert ig.main(again) == 0 and (out / "picture.svg").read_bytes() == drawn     # the judge's losses too
+    assert json.loads((out / "results.json").read_text())["models"] == r["models"]
+
+
+def test_own_datas_judge_calls_equal_answers_a_tie_whatever_rounding_says(own, tmp_path, monkeypatch):
+    run = ig.Run(ig.Config(data=str(own), out=str(tmp_path), device="cpu"), None, False)
+    run.tests, model = [{"prompt": "a"}] * 3, ig.freeze(tiny("scalar"))
+    monkeypatch.setattr(run, "model", lambda name: model)
+    monkeypatch.setattr(ig, "train_reward_model", lambda *_: model)
+    scores = iter([[0.5, 0.5, 0.7], [0.5000001, 0.5000001, 0.6]])
+    monkeypatch.setattr(ig, "reward_and_kl", lambda *_: (next(scores), None))
+    answers = lambda *texts: [{"text": text, "ended": True} for text in texts]
+    assert run.judge()(answers("x", "y", "z"), answers("x", "Y", "Z")) == [0.5, 0.0, 1.0]
 
 
 def test_held_out_comparisons_share_no_prompt_with_the_training_ones(own, tmp_path):
@@ -2546,6 +2561,16 @@ def test_rival_of_other_data_or_without_a_checkpoint_is_refused(smoke, tmp_path,
     ig.save(str(tmp_path / "pretrain.pt"), {**c, "config": {**c["config"], "block_size": 32}})
     assert ig.main([*words, str(tmp_path)]) == 2 and "smaller --block_size" in capsys.readouterr().err
     assert ig.main([*words, "nowhere"]) == 2 and "--rival nowhere" in capsys.readouterr().err
+    assert ig.main([*words, str(smoke[0]), "--fresh"]) == 2                # would delete the rival
+    assert "is --out, which --fresh empties" in capsys.readouterr().err and (smoke[0] / "pretrain.pt").exists()
+
+
+def test_evaluation_of_a_run_that_trained_nothing_itself(smoke, tmp_path):
+    words = ["evaluate", "--smoke", "--device", "cpu", "--judges", "3", "--from", str(smoke[0])]
+    assert ig.main([*words, "--out", str(tmp_path / "out")]) == 0
+    r = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    before = json.loads((smoke[0] / "results.json").read_text())["models"]
+    assert list(r) == list(before) and r["SFT"]["gold"] == before["SFT"]["gold"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2659,6 +2684,15 @@ def test_begun_stage_of_other_settings_is_refused(whole, tmp_path):
     done = command("pretrain", *TINY, "--out", out)
     assert done.returncode == 2 and "begun with device 'cuda', now device is 'cpu'" in done.stderr
     assert command("pretrain", *TINY, "--pretrain_lr", 0.5, "--out", out, "--fresh").returncode == 0
+
+
+def test_a_change_of_settings_is_named_and_smoke_by_its_name():
+    cfg, stages = vars(ig.Config()), ("pretrain_steps", "pretrain_batch", "n_embd", "beta")
+    now, smoke = {k: cfg[k] for k in stages}, {"settings": {**cfg, **ig.SMOKE}}
+    assert ig.change({"settings": cfg}, now) == "" and ig.change(smoke, now) == "--smoke, now it is not given"
+    assert ig.change({"settings": {**cfg, "n_embd": 64}}, now) == "n_embd 64, now n_embd is 128"
+    smoke["settings"]["beta"] = 0.1
+    assert "--smoke" not in ig.change(smoke, now) and ig.change(smoke, {**now, "n_embd": 64}) != ""
 
 
 def one_line(done, *told, code=2):
@@ -3307,7 +3341,7 @@ def test_section_34_label_writes_each_ranking_at_once_undoes_and_skips(desk, set
         first, = lines_of(path)
         row = next(r for r in sets["rm_train"] if r["prompt"] == prompt)
         assert first == {"prompt": prompt, "responses": first["responses"], "ended": first["ended"],
-                         "ranks": list(range(len(answers), 0, -1)), "labeler": "you", "split": "train",
+                         "ranks": list(range(len(answers), 0, -1)), "labeler": "you",
                          "task": row["task"], "use_case": row["use_case"], "form": row["form"]}
         assert as_shown(first) == answers
         hits = ig.agreement(tw, {prompt: row["task"]}, [first], random.Random(0))
@@ -3416,8 +3450,8 @@ def test_section_34_label_without_a_toy_world_knows_no_tasks(desk, monkeypatch):
         screen = yield downwards(len(question_on(screen)[2]))
         assert "agreement" not in screen and question_on(screen)[0] == 2
         row, = lines_of(out / "labels.jsonl")
-        assert set(row) == {"prompt", "responses", "ended", "ranks", "labeler", "split"}
-    assert sit("label", turns)[0] == 0
+        assert set(row) == {"prompt", "responses", "ended", "ranks", "labeler"}     # a split would keep the
+    assert sit("label", turns)[0] == 0                                 # fourth prompts from the judge
 
 
 def test_section_34_agreement_counts_the_pairs_in_which_you_have_a_preference(sets):
@@ -3545,7 +3579,9 @@ def test_chat_wants_models_that_are_there(desk):
     assert "--models goes with chat" in sit("evaluate", nobody, "--models", "PPO")[2]
     os.remove(out / "ppo.pt")
     code, _, error = sit("chat", nobody, "--models", "PPO")
-    assert code == 2 and error.endswith("ppo.pt is missing: python instructgpt.py ppo makes it\n")
+    assert code == 2 and f"ppo.pt is missing: python instructgpt.py ppo --out {out} makes it" in error
+    error = sit("chat", nobody, "--models", "DPO")[2]
+    assert "dpo.pt is missing: python instructgpt.py ppo --methods dpo --out" in error
 
     def three():
         yield
@@ -3555,7 +3591,7 @@ def test_chat_wants_models_that_are_there(desk):
         os.remove(out / f"{name}.pt")
         code, _, error = sit("chat", nobody, "--models", "GPT")
         assert code == 2 and error.count("\n") == 1
-        assert f"{name}.pt is missing: python instructgpt.py {name} makes it" in error
+        assert f"{name}.pt is missing: python instructgpt.py {name} --out {out} makes it" in error
     assert not (out / "rm.part").exists() and not (out / "ppo.pt").exists()
 
 
@@ -3576,11 +3612,23 @@ def test_chat_reads_a_pipe_and_shows_each_question_once(smoke, monkeypatch, caps
 @pytest.mark.parametrize("text, mended", [
     ('{"a": 1}\n{"b"', '{"a": 1}\n'), ('{"a": 1}\n', '{"a": 1}\n'),
     ('{"a"', ''), ('', '')])
-def test_half_a_last_line_is_cut(text, mended, tmp_path):
+def test_half_a_last_line_is_cut(text, mended, tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_text(text)
     ig.mend(str(path))
     assert path.read_text() == mended
+    monkeypatch.setattr(ig.os, "truncate", None)                       # a whole log is only read: of a
+    if mended:                                                         # folder without leave to write
+        ig.mend(str(path))                                             # one may chat
+
+
+@pytest.mark.parametrize("name", ["file", "file/x", ""])
+def test_out_that_can_be_no_folder_is_refused(name, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    out = name and str(tmp_path / name)
+    assert ig.main(["pretrain", "--smoke", "--device", "cpu", "--out", out]) == 2
+    assert f"--out {out}: cannot be a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 class Terminal:
