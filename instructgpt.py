@@ -66,6 +66,7 @@ from base64 import b64decode                     # tiktoken's rank files
 from contextlib import contextmanager            # around the reading of checkpoints
 from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape                          # the picture
+from zipfile import ZipFile                      # checkpoints are zip files
 from zlib import crc32                           # tells one file of comparisons from another
 
 import numpy as np                               # the corpus is one array
@@ -1666,6 +1667,9 @@ def reading(path, told="damaged or not a checkpoint of this version (%s); remove
 def load(path, device="cpu"):
     """A checkpoint of ours; UserError for any other file. It is data: nothing in it is executed."""
     with open(path, "rb") as f, reading(path):
+        if part := ZipFile(f).testzip():                   # torch.load does not compare the checksums
+            raise ValueError(f"{part} is not as it was written")
+        f.seek(0)
         c = torch.load(f, map_location=device, weights_only=True)
         if c["format"] != FORMAT or not {"settings", "seconds"} <= set(c):
             raise ValueError(f"no format {FORMAT}")
@@ -1935,6 +1939,8 @@ class Run:
         path = self.given or self.path("comparisons.jsonl", self.data)
         if sampled:
             path = self.path("comparisons.jsonl")
+            if not os.path.exists(path):
+                raise UserError(f"{path}: is missing; remove rm.pt too, and both are made again")
             rows = [c for c in read_jsonl(path, comparison) if c.get("split") == split]
         elif not self.given:
             raise UserError(f"{path}: is missing; add it, or name a file with --comparisons")
@@ -2005,6 +2011,7 @@ class Run:
         models |= {k: self.model(n) for k, n in MODELS.items() if n in self.models or self.finished(n)}
         models |= {f"best of {cfg.k_max}": sft_model} if "best_of_n" in methods else {}
         models |= {"rival GPT": self.rival} if self.rival else {}
+        rm = judge_reward_model(cfg, enc, reward_model, self.comparisons("valid"), device)
         judge, log = self.judge(), self.log.path           # no log, where all is from --from
         history = read_jsonl(log, stage=str, step=int) if os.path.exists(log) else []
         history = {(h["stage"], h["step"]): h for h in history}.values()       # of a repeated step the last
@@ -2023,7 +2030,6 @@ class Run:
                              "parameters": sum(p.numel() for p in model.parameters()),
                              "ci95": {k: half([float(x) for x in v]) for k, v in shares.items()}}
             self.log("evaluate", len(results), len(models))
-        rm = judge_reward_model(cfg, enc, reward_model, self.comparisons("valid"), device)
         seconds = {**self.seconds, "evaluate": time.time() - begun}
         seconds["total"] = sum(seconds.values())
         shown = samples(self.tests, answers)

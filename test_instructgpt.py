@@ -2738,6 +2738,30 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
+def test_flipped_bytes_in_a_checkpoint_are_found(whole, tmp_path):
+    data, path = bytearray((whole / "pretrain.pt").read_bytes()), tmp_path / "pretrain.pt"
+    for at in (len(data) // 3, len(data) // 2):                        # among the weights
+        path.write_bytes(bytes([*data[:at], data[at] ^ 1, *data[at + 1:]]))
+        with pytest.raises(ig.UserError, match="pretrain.pt: damaged"):
+            ig.load(str(path))
+    path.write_bytes(data)
+    assert ig.load(str(path))["weights"]
+
+
+def test_comparisons_that_were_removed_are_missed_before_the_evaluation(smoke, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(smoke[0], out)
+    (out / "comparisons.jsonl").unlink()
+    capsys.readouterr()
+    assert ig.main(["evaluate", "--smoke", "--device", "cpu", "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "comparisons.jsonl: is missing; remove rm.pt too" in said.err
+    (out / "rm.pt").unlink(), (out / "log.jsonl").unlink()
+    assert ig.main(["rm", "--smoke", "--device", "cpu", "--out", str(out)]) == 0
+    again, before = (ig.load(str(o / "rm.pt"))["weights"] for o in (out, smoke[0]))
+    assert all(torch.equal(again[k], before[k]) for k in before)       # as it was
+
+
 @pytest.mark.parametrize("name", ["pretrain.pt", "sft.part"])
 def test_foreign_checkpoints_are_one_line_and_never_executed(whole, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
