@@ -830,16 +830,18 @@ def update(cfg, policy, value_net, optimizers, e, rows, ptx_coef, text, warm):
     weights, changes = e["mask"][rows].sum(1), []          # (b,) response tokens; log pi/pi_old of each
 
     def surrogate(i):
+        """PPO's loss of the rows i of this minibatch."""
         tokens, mask, old, advantages = cut(e, rows[i], "mask", "logprobs", "advantages")
         logprobs = token_logprobs(policy, tokens, cfg.temperature, mask)        # (b,t-1)
         changes.append((logprobs.detach() - old)[mask])                         # (tokens,)
         return policy_loss(logprobs, old, advantages, mask, cfg.cliprange)
 
     def error(i):
+        """The value net's loss of the same rows."""
         tokens, mask, old, returns = cut(e, rows[i], "mask", "values", "returns")
         return value_loss(token_values(value_net, tokens, mask), old, returns, mask, cfg.value_clip)
 
-    grads = lambda: [p.grad for p in policy.parameters()]
+    grads = lambda: [p.grad for p in policy.parameters()]  # _foreach_: one call for all of them
     norm = lambda: torch.stack(torch._foreach_norm(grads())).norm().item()
     # 5. PPO's gradient ...
     accumulate(surrogate, weights, cfg.micro_batch)
@@ -1695,7 +1697,8 @@ def change(c, settings):
     that is younger than the checkpoint had its default; of the device only a stage that was begun tells."""
     made = {**asdict(Config()), "device": settings.get("device"), **c["settings"]}
     other = {k: v for k, v in settings.items() if made[k] != v}
-    if other and other.keys() <= {k for k, v in SMOKE.items() if made[k] == v} >= SMOKE.keys() & settings:
+    smoke = {k: v for k, v in SMOKE.items() if k in settings}
+    if other and other.keys() <= smoke.keys() and all(made[k] == v for k, v in smoke.items()):
         return "--smoke, now it is not given"
     return next((f"{k} {made[k]!r}, now {k} is {v!r}" for k, v in other.items()), "")
 
@@ -1884,6 +1887,7 @@ class Run:
         """Trains the model and what it needs, writes its checkpoint, returns it."""
         needs = {"pretrain": [], "sft": ["pretrain"], "rm": ["sft"]}.get(name, ["sft", "rm"])
         before, start, seconds = [self.model(n) for n in needs], time.time(), {}
+        # with the device: a stage that was begun goes on where its generators live
         self.log.settings, self.log.earlier = {**self.settings(name), "device": self.device.type}, 0
         cfg, enc, end = self.cfg, self.enc, (self.device, self.log)
         if name == "pretrain":
@@ -1999,7 +2003,8 @@ class Run:
         remove(self.path("judge.part"))
         prompts = [encode_prompt(self.enc, p["prompt"]) for p in self.tests]
         score = lambda mine: reward_and_kl(cfg, self.enc, judge, sft_model, prompts, mine, self.device)[0]
-        same = lambda a, b: (a["text"], a["ended"]) == (b["text"], b["ended"])     # but for rounding
+        # equal answers tie, though their scores may differ by rounding, as batches have their own widths
+        same = lambda a, b: (a["text"], a["ended"]) == (b["text"], b["ended"])
         return lambda mine, theirs: [0.5 if same(a, b) else float(x > y) for a, b, x, y in
                                      zip(mine, theirs, score(mine), score(theirs))]
 
@@ -2131,7 +2136,7 @@ def chat(run, names):
     names = names or [k for k, n in MODELS.items() if run.finished(n)]
     for n in ["sft", "rm"] + [MODELS[k] for k in names]:
         if not run.finished(n):
-            stage = f"ppo --methods {n}" if n in ("reinforce", "dpo", "kto") else STAGE_OF[n]
+            stage = f"rm --methods {n}" if n in ("reinforce", "dpo", "kto") else STAGE_OF[n]
             raise UserError(f"{run.path(n + '.pt')} is missing: python instructgpt.py {stage} "
                             f"--out {cfg.out} makes it, with this run's other flags")
     models, sft_model, reward_model = [run.model(MODELS[k]) for k in names], run.model("sft"), run.model("rm")

@@ -3474,8 +3474,9 @@ def test_section_34_label_without_a_toy_world_knows_no_tasks(desk, monkeypatch):
         screen = yield downwards(len(question_on(screen)[2]))
         assert "agreement" not in screen and question_on(screen)[0] == 2
         row, = lines_of(out / "labels.jsonl")
-        assert set(row) == {"prompt", "responses", "ended", "ranks", "labeler"}     # a split would keep the
-    assert sit("label", turns)[0] == 0                                 # fourth prompts from the judge
+        # no split: one would keep every fourth prompt from the judge
+        assert set(row) == {"prompt", "responses", "ended", "ranks", "labeler"}
+    assert sit("label", turns)[0] == 0
 
 
 def test_section_34_agreement_counts_the_pairs_in_which_you_have_a_preference(sets):
@@ -3605,7 +3606,7 @@ def test_chat_wants_models_that_are_there(desk):
     code, _, error = sit("chat", nobody, "--models", "PPO")
     assert code == 2 and f"ppo.pt is missing: python instructgpt.py ppo --out {out} makes it" in error
     error = sit("chat", nobody, "--models", "DPO")[2]
-    assert "dpo.pt is missing: python instructgpt.py ppo --methods dpo --out" in error
+    assert f"dpo.pt is missing: python instructgpt.py rm --methods dpo --out {out} makes it" in error
 
     def three():
         yield
@@ -3641,9 +3642,9 @@ def test_half_a_last_line_is_cut(text, mended, tmp_path, monkeypatch):
     path.write_text(text)
     ig.mend(str(path))
     assert path.read_text() == mended
-    monkeypatch.setattr(ig.os, "truncate", None)                       # a whole log is only read: of a
-    if mended:                                                         # folder without leave to write
-        ig.mend(str(path))                                             # one may chat
+    if mended:                                   # a whole log is only read: its folder may forbid to write
+        monkeypatch.setattr(ig.os, "truncate", None)
+        ig.mend(str(path))
 
 
 @pytest.mark.parametrize("name", ["file", "file/x", ""])
