@@ -74,7 +74,6 @@ import time
 from base64 import b64decode                     # tiktoken's rank files
 from contextlib import contextmanager            # around the reading of files
 from dataclasses import asdict, dataclass, field, fields, replace
-from types import SimpleNamespace
 from zipfile import ZipFile                      # checkpoints are zip files
 
 import numpy as np                               # the corpus is one array
@@ -88,9 +87,10 @@ import torch.nn.functional as F
 # where it is marked so, of the GPT-3 that the paper starts from. "Not stated" is the paper's silence.
 
 
-def setting(default, text, paper=None):
-    """A field of Config that knows its help text and the paper's value."""
-    return field(default=default, metadata={"help": f"{text} [{paper}]" if paper else text})
+def setting(default, text, paper=None, low=0, high=1e15):
+    """A field of Config that knows its help text, the paper's value, and the range of a number."""
+    text = f"{text} [{paper}]" if paper else text
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
 @dataclass
@@ -102,34 +102,34 @@ class Config:
     save_every: float = setting(30.0, "seconds of training between two saves")
     seed: int = setting(0, "every random draw follows from it; on one CPU equal numbers")
     # the model: GPT-3's form in miniature
-    n_layer: int = setting(2, "layers", "GPT-3: 24 (1.3B) to 96 (175B)")
+    n_layer: int = setting(2, "layers", "GPT-3: 24 (1.3B) to 96 (175B)", low=1)
     n_head: int = setting(2, "attention heads", "GPT-3: 24 to 96")
-    n_embd: int = setting(128, "width", "GPT-3: 2,048 to 12,288")
-    block_size: int = setting(64, "context, tokens", "2,048")
+    n_embd: int = setting(128, "width", "GPT-3: 2,048 to 12,288", low=1)
+    block_size: int = setting(64, "context, tokens", "2,048", low=1)
     # step 0: pretraining
     init: str = setting("", "file of GPT-2 weights; empty: pretrain from nothing")
     encoding: str = setting("", "tiktoken's name (gpt2) or a rank file; empty: vocab.tiktoken of --data")
     pretrain_steps: int = setting(2800, "optimizer steps", "GPT-3: 300 B tokens")
-    pretrain_batch: int = setting(32, "rows of block_size tokens per step", "GPT-3: 1 to 3.2 M tokens")
+    pretrain_batch: int = setting(32, "rows of block_size tokens per step", "GPT-3: 1 to 3.2 M tokens", low=1)
     pretrain_lr: float = setting(2e-3, "peak learning rate, cosine to a tenth", "GPT-3: 2e-4 to 6e-5")
     # step 1: supervised fine-tuning
     sft_epochs: int = setting(3, "passes over the demonstrations", "16; for the start of RL 2")
-    sft_batch: int = setting(32, "demonstrations per step", "32; 175B: 8")
+    sft_batch: int = setting(32, "demonstrations per step", "32; 175B: 8", low=1)
     sft_lr: float = setting(1e-3, "peak learning rate, cosine to a tenth", "9.65e-6; 175B: 5.03e-6")
-    sft_dropout: float = setting(0.0, "residual dropout", "0.2 for the baseline")
-    sft_mix: float = setting(0.1, "share of pretraining rows mixed in, and the weight of their loss", "0.1")
-    max_new_tokens: int = setting(16, "longest response, end-of-text included", "1k")
+    sft_dropout: float = setting(0.0, "residual dropout", "0.2 for the baseline", high=0.9)
+    sft_mix: float = setting(0.1, "share of pretraining rows mixed in, and their weight", "0.1", high=0.9)
+    max_new_tokens: int = setting(16, "longest response, end-of-text included", "1k", low=1)
     # step 2: comparisons and the reward model
-    rm_prompts: int = setting(7000, "prompts to collect comparisons for", "33,207")
-    k_min: int = setting(4, "fewest responses per prompt", "4")
+    rm_prompts: int = setting(7000, "prompts to collect comparisons for", "33,207", low=1)
+    k_min: int = setting(4, "fewest responses per prompt", "4", low=2)
     k_max: int = setting(9, "most responses per prompt", "9")
     rm_epochs: int = setting(1, "passes over the comparisons", "1")
-    rm_batch: int = setting(8, "prompts per step, each with all its pairs", "64")
+    rm_batch: int = setting(8, "prompts per step, each with all its pairs", "64", low=1)
     rm_lr: float = setting(6e-4, "peak learning rate, cosine to a tenth", "9e-6")
     # step 3: reinforcement learning
     iterations: int = setting(60, "PPO iterations", "500, from 256k episodes / 512")
-    episodes: int = setting(256, "episodes per iteration", "512")
-    minibatches: int = setting(8, "minibatches per iteration, one step each, one inner epoch", "8")
+    episodes: int = setting(256, "episodes per iteration", "512", low=1)
+    minibatches: int = setting(8, "minibatches per iteration, one step each, one inner epoch", "8", low=1)
     policy_lr: float = setting(2e-4, "policy's learning rate", "not stated; 2.55e-6 to 2.55e-5 tried")
     value_lr: float = setting(1e-3, "value net's learning rate, fixed", "9e-6; 175B: 5e-6")
     warmup: int = setting(10, "warm-up iterations from a tenth of the peak, constant after it", "10")
@@ -138,13 +138,13 @@ class Config:
     ptx_rows: int = setting(1, "pretraining rows per episode", "8")
     cliprange: float = setting(0.2, "PPO's clip of the ratio", "0.2")
     value_clip: float = setting(0.2, "clip of the value's move", "not stated; 0.2 in its ancestors")
-    lam: float = setting(0.95, "GAE's lambda", "not stated; 0.95 in its ancestors")
-    temperature: float = setting(1.0, "of the rollouts", "1")
-    ema: float = setting(0.992, "decay of the averaged weights, per optimizer step", "0.992; per what: not stated")
-    unfinished_score: float = setting(-1.0, "score of a response without end", "not stated; ancestors: -1")
+    lam: float = setting(0.95, "GAE's lambda", "not stated; 0.95 in its ancestors", high=1)
+    temperature: float = setting(1.0, "of the rollouts", "1", low=1e-6)
+    ema: float = setting(0.992, "decay of the average per step", "0.992; per what: not stated", high=1)
+    unfinished_score: float = setting(-1.0, "score of a response without end", "ancestors: -1", low=-1e9)
     # evaluation
-    test_prompts: int = setting(600, "prompts that the models answer", "3,196")
-    judges: int = setting(5, "labelers per pair of answers", "1 for most")
+    test_prompts: int = setting(600, "prompts that the models answer", "3,196", low=1)
+    judges: int = setting(5, "labelers per pair of answers", "1 for most", low=1, high=20)
 
 
 # --smoke: everything in miniature. With so few steps the average has to follow faster.
@@ -167,16 +167,12 @@ def encode_prompt(enc, text):
 
 def encode_response(enc, text):
     """A reply -> its ids, the space before it and end-of-text included. No text: end-of-text alone."""
-    if not text:
-        return [enc.eot_token]
-    return enc.encode_ordinary(" " + text) + [enc.eot_token]
+    return enc.encode_ordinary(" " + text if text else "") + [enc.eot_token]
 
 
 def decode_response(enc, ids):
     """The ids of a reply -> its text, without the space before it and the end-of-text behind it."""
-    if ids and ids[-1] == enc.eot_token:
-        ids = ids[:-1]
-    return enc.decode(ids).removeprefix(" ")
+    return enc.decode([token for token in ids if token != enc.eot_token]).removeprefix(" ")
 
 
 def corpus_batch(corpus, n, length, generator, device):
@@ -266,8 +262,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
-        """x (B,T,C) -> (B,T,C). Without a cache each token sees itself and the ones before it in x. With a
-        KVCache the new keys and values are written into it, and each token sees what the cache lets it see."""
+        """x (B,T,C) -> (B,T,C). Without a cache each token sees itself and the ones before it in x. With one
+        the new keys and values are written into it, and each token sees what the cache lets it see."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B,T,3,H,C/H)
         q, k, v = qkv.unbind(2)                                                 # (B,T,H,C/H) each
@@ -301,7 +297,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, keep=None):
-        """x (B,T,C) -> (B,T,C); with keep (B,T) bool its N entries alone, (N,C), go on after the attention."""
+        """x (B,T,C) -> (B,T,C). With keep (B,T) bool its N entries alone, (N,C), go on after attention."""
         x = x + self.drop(self.attn(self.ln_1(x), cache))
         if keep is not None:
             x = x[keep]                                                         # (N,C)
@@ -385,15 +381,14 @@ class GPT(nn.Module):
 
     def forward(self, tokens, keep=None):
         """tokens (B,T) -> logits (B,T,vocab) or, with the scalar head, (B,T). With keep (B,T) bool only its N
-        entries, (N,vocab) or (N,): what nobody reads needs no last MLP and no head, and the loss of a response
-        reads a third of the positions. That saves a quarter of a policy step."""
+        entries, (N,vocab) or (N,). What nobody reads needs no last MLP and no head; the loss of a response
+        reads a third of the positions, so that saves a quarter of a policy step."""
         return self.project(self.hidden(tokens, keep=keep))
 
 
 def copy_of(model, head=None, dropout=0.0):
     """Another model with the same weights. With another head than the model's, that head is fresh."""
-    if head is None:
-        head = "lm" if model.head is None else "scalar"
+    head = head or ("lm" if model.head is None else "scalar")
     other = GPT(replace(model.config, dropout=dropout), head)
     other.load_state_dict(model.state_dict(), strict=False)
     return other.to(model.wte.weight.device)
@@ -406,8 +401,8 @@ def freeze(model):
 
 # ------------------------------------------------------------------------------------------------------------
 # Rollout (C.4). The whole batch decodes together, one token per step, prompts of any length: each row keeps
-# its own position in a cache of fixed size. Nothing waits for the host, and on a GPU the step is recorded once
-# and replayed. The random numbers are drawn before the loop, so the same seed gives every model the same luck.
+# its own position in a cache of fixed size. Nothing waits for the host, and on a GPU the step is recorded
+# once and replayed. Random numbers are drawn before the loop: the same seed gives every model the same luck.
 
 
 @dataclass
@@ -529,7 +524,7 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     if T exceeds the block or a prompt is empty."""
     lens, room = [len(prompt) for prompt in prompts], policy.config.block_size - max_new_tokens
     if not 1 <= min(lens) <= max(lens) <= room:
-        raise ValueError(f"a prompt has {min(lens)} to {max(lens)} tokens, must have 1 to {room} to fit the block")
+        raise ValueError(f"prompts of {min(lens)} to {max(lens)} tokens: 1 to {room} leave room in the block")
     T = max(lens) + max_new_tokens
     return Sampler(policy, len(prompts), T, max_new_tokens, eos, temperature).sample(prompts, generator)
 
@@ -568,7 +563,7 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
     The temperature is the sampler's: what is scored must be what was sampled from. The rest is speed: with a
     mask (B,T-1) only its N entries are computed, and 0 stands elsewhere."""
     if mask is None:
-        targets = F.pad(tokens[:, 1:], (0, 1))             # (B,T) with a made-up last one: cutting logits costs
+        targets = F.pad(tokens[:, 1:], (0, 1))             # (B,T), the last made up: to cut logits costs
         logprobs = log_softmax(model(tokens), temperature).gather(2, targets[..., None])       # (B,T,1)
         return logprobs[:, :-1, 0]
     logits = model(tokens, keep=F.pad(mask, (0, 1)))                            # (N,V)
@@ -689,14 +684,14 @@ def ema_update(average, model, decay):
 
 
 def cosine(step, steps, warmup=0):
-    """Factor of the learning rate: a cosine from 1 to 0.1 (C.1, C.2), in pretraining after a linear warm-up."""
+    """The learning rate's factor: a cosine from 1 to 0.1 (C.1, C.2); in pretraining, a warm-up before it."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - 1 - warmup)))
 
 
 def warmup_factor(iteration, warmup):
-    """Factor of RL's learning rate: from a tenth to 1 over the first iterations, constant after them (C.4)."""
+    """The factor of RL's learning rate: from a tenth to 1 over the first iterations, then constant (C.4)."""
     if warmup == 0:
         return 1.0
     return 0.1 + 0.9 * min(1, iteration / warmup)
@@ -705,7 +700,7 @@ def warmup_factor(iteration, warmup):
 # ------------------------------------------------------------------------------------------------------------
 # What every loop needs. A loop below reads
 #
-#     for step in steps:                         # class Steps: counts, saves now and then, goes on after a stop
+#     for step in steps:                         # class Steps: range(n) that saves, and goes on after a stop
 #         generator = seed(cfg, "sft", step)     # each step's draws follow from seed, stage and step alone
 #         loss = ...
 #         loss.backward()
@@ -720,7 +715,7 @@ class NotFinite(Exception):
 
 
 def seed(cfg, stage, step=0, device="cpu"):
-    """The generator for one step of a stage. PyTorch's own, for initial weights and dropout, is seeded too."""
+    """The generator for one step of a stage. PyTorch's own (initial weights, dropout) is seeded too."""
     digest = hashlib.sha256(f"{cfg.seed} {stage} {step}".encode()).digest()
     number = int.from_bytes(digest[:7], "little")
     torch.manual_seed(number)
@@ -760,7 +755,8 @@ class Steps:
     def __init__(self, cfg, stage, n, **objects):
         self.cfg, self.stage, self.n, self.objects = cfg, stage, n, objects
         self.path = os.path.join(cfg.out, stage + ".part")
-        self.first, self.earlier, self.start, self.shown = 0, 0.0, time.time(), 0.0            # earlier: seconds
+        self.first, self.earlier = 0, 0.0                  # steps and seconds before a stop
+        self.start, self.shown = time.time(), 0.0
         if os.path.exists(self.path):
             part = load(self.path)
             with reading(self.path, CHECKPOINT):
@@ -989,8 +985,8 @@ def normalise_reward(reward_model, demos):
 
 @dataclass
 class Experience(Rollout):
-    """A batch of episodes: a Rollout, whose logprobs are those of pi_old, the policy that sampled, and all that
-    the update needs besides, each computed once. B rows, T tokens."""
+    """A batch of episodes: a Rollout, whose logprobs are those of pi_old, the policy that sampled it, with
+    all that the update needs besides, each computed once. B rows, T tokens."""
     lengths: torch.Tensor                        # (B,) tokens of prompt and response
     ref_logprobs: torch.Tensor                   # (B,T-1) of pi_SFT
     scores: torch.Tensor                         # (B,)
@@ -1009,8 +1005,8 @@ def make_experience(cfg, sampler, value_net, reference, reward_model, prompts, g
     begun = time.time()
     r = sampler.sample(prompts, generator)
     speed = int(r.mask.sum()) / (time.time() - begun)
-    # 2. Score the response at its last token, and take the reference's log-probs and the values of the states.
-    # A few rows of about one length at a time: the result is that of all rows at once, only faster.
+    # 2. Score the response at its last token; take the reference's log-probs and the values of the states. A
+    # few rows of about one length go together: the result is that of all rows at once, only faster.
     lengths = r.prompt_lens + r.mask.sum(1)                                     # (B,)
     scores = torch.zeros(len(prompts), device=lengths.device)                   # (B,)
     ref_logprobs, values = torch.zeros_like(r.logprobs), torch.zeros_like(r.logprobs)          # (B,T-1) each
@@ -1063,8 +1059,9 @@ def ppo(cfg, stage, enc, sft_model, reward_model, prompts, corpus, world=None, e
     the policy: its answers vary less from step to step than those of the last weights."""
     device = sft_model.wte.weight.device
     reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
-    value_net = copy_of(freeze(reward_model))              # starts as the reward model (3.5): it knows already
-    adams = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)        # which states lead to a score
+    # V starts as the reward model (3.5), which knows already which texts lead to a score.
+    value_net = copy_of(freeze(reward_model))
+    adams = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
     sampler = Sampler(policy, cfg.episodes, cfg.block_size, cfg.max_new_tokens, enc.eot_token,
                       cfg.temperature, graph=device.type == "cuda")
     generator, passes = seed(cfg, stage, "plan"), math.ceil(cfg.iterations * cfg.episodes / len(prompts))
@@ -1087,9 +1084,8 @@ def ppo(cfg, stage, enc, sft_model, reward_model, prompts, corpus, world=None, e
                                   warmup_factor(iteration, cfg.warmup)))
             ema_update(average, policy, cfg.ema)
         if iteration == 0:
-            print(f"\n{stage}: a log line tells of one iteration\n{summary.__doc__}\n{ledger(cfg, enc, e)}\n"
-                  f"First minibatch: max |log-prob - rollout log-prob| = {numbers[0]['change']:.1e} (rounding: "
-                  "below 1e-4)\n", flush=True)
+            print(f"\n{stage}: a line per iteration\n{summary.__doc__}\n{ledger(cfg, enc, e)}")
+            print(f"  First minibatch: max |log-prob - rollout log-prob| = {numbers[0]['change']:.1e}: rounding")
         line = summary(e, numbers)
         if world is not None:
             rows = zip(batch, e.responses(), e.ended.tolist())
@@ -1104,21 +1100,22 @@ def ppo(cfg, stage, enc, sft_model, reward_model, prompts, corpus, world=None, e
 
 def summary(e, numbers):
     """
-      score    of the reward model, demonstrations are at 0  ended    share that ends; near 1
-      finished mean score of what ended                      length   tokens per response
-      gold     true quality, 1 to 7: must rise with score    entropy  nats per token; 0 when one answer is left
-      k1  k3   KL to the SFT model, nats per response: k1    clip     share of tokens with a clipped ratio;
-               is charged and may dip below 0, k3 never               healthy below 0.2
-               does; healthy 0.2 to 3                        grad     the policy's gradient norm before clipping
-      vloss    of the value net                              ptx      pretraining loss of the mix, nats per token
-      ev       share of the return's variance that it        tok/s    sampled in the rollout
-               explains; healthy above 0.3
+    score    of the reward model, demonstrations are at 0  ended    share that ends; near 1
+    finished mean score of what ended                      length   tokens per response
+    gold     true quality, 1 to 7: must rise with score    entropy  nats per token; 0: one answer is left
+    k1  k3   KL to the SFT model, nats per response: k1    clip     share of tokens with a clipped ratio;
+             is charged and may dip below 0, k3 never               healthy below 0.2
+             does; healthy 0.2 to 3                        grad     the policy's gradient norm, unclipped
+    vloss    of the value net                              ptx      pretraining loss of the mix, per token
+    ev       share of the return's variance that it        tok/s    sampled in the rollout
+             explains; healthy above 0.3
     """
     error, mask = e.returns - e.values, e.mask                                  # (B,T-1) each
     unexplained = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
     variance = masked_mean((e.returns - masked_mean(e.returns, mask)) ** 2, mask)
-    line = {"score": e.scores.mean(), "finished": masked_mean(e.scores, e.ended), "ended": e.ended.float().mean(),
-            "length": mask.sum(1).float().mean(), "entropy": -masked_mean(e.logprobs, mask),
+    line = {"score": e.scores.mean(), "finished": masked_mean(e.scores, e.ended),
+            "ended": e.ended.float().mean(), "length": mask.sum(1).float().mean(),
+            "entropy": -masked_mean(e.logprobs, mask),
             "k1": kl_k1(e.logprobs, e.ref_logprobs).sum(1).mean(),
             "k3": kl_k3(e.logprobs, e.ref_logprobs).sum(1).mean(),
             "ev": 1 - unexplained / variance.clamp(min=1e-8), "tok/s": e.tokens_per_second}
@@ -1194,8 +1191,8 @@ def response_logprobs(model, prompts, responses):
 
 
 def compared(batch):
-    """Of the rows of rows_of: which pairs (i, j) of one prompt the labeler decided for i; and for each row how
-    many pairs it won less how many it lost. Only the order of the ranks counts, not their size."""
+    """Of the rows of rows_of: which pairs (i, j) of one prompt the labeler decided for i; and for each row
+    how many pairs it won less how many it lost. Only the order of the ranks counts, not their size."""
     pairs, merit, first = [], [], 0
     for _, _, ranks in batch:
         kept = [rank for rank in ranks if rank > 0]
@@ -1227,7 +1224,7 @@ def train_dpo(cfg, enc, sft_model, comparisons):
 
 
 def another_prompt(data, i):
-    """The next encoded comparison after the i-th whose prompt is another one; itself, if there is no other."""
+    """The next encoded comparison after the i-th whose prompt is another one; itself, if there is none."""
     places = [(i + n) % len(data) for n in range(1, len(data))]
     return next((data[j] for j in places if data[j][0] != data[i][0]), data[i])
 
@@ -1281,29 +1278,33 @@ def means_by(keys, values):
     return {key: mean(groups[key]) for key in sorted(groups)}
 
 
+def hits(mine, theirs, ids):
+    """Over the pairs of unequal responses of one prompt on which `theirs` has a preference: 1 where `mine`
+    has the same, 0 where it has the opposite, one half where it has none. Both: a number per response."""
+    pairs = [(i, j) for i in range(len(ids)) for j in range(i) if ids[i] != ids[j] and theirs[i] != theirs[j]]
+    return [1 - abs(above(mine[i], mine[j]) - above(theirs[i], theirs[j])) for i, j in pairs]
+
+
 def judge_reward_model(cfg, enc, reward_model, comparisons):
-    """On held-out comparisons, over the pairs of unequal responses: accuracy where the labeler has a
-    preference. In the toy world also the agreement of a second labeler on the same pairs, and the accuracy on
-    pairs that differ in gold. Equal scores, and a second labeler's tie, count half."""
-    hits, agree, gold_hits, use_cases = [], [], [], []
+    """On held-out comparisons: accuracy against the labeler. In the toy world also the agreement of a second
+    labeler on the same pairs, and the accuracy on pairs that differ in gold."""
+    accuracy, agreement, gold, use_cases = [], [], [], []
     encoded = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
     prompts = [prompt for prompt, responses, _ in encoded for _ in responses]
-    scores = iter(score_all(reward_model, prompts, [ids for _, responses, _ in encoded for ids in responses]))
+    responses = [ids for _, responses, _ in encoded for ids in responses]
+    scores = iter(score_all(reward_model, prompts, responses))
     for c, (_, ids, _) in zip(comparisons, encoded):
-        ranks, second, gold = c["ranks"], c.get("second_ranks"), c.get("gold", [0] * len(ids))
+        order = [-rank for rank in c["ranks"]]             # rank 1 is best
         score = [next(scores) for _ in ids]
-        for i, j in [(i, j) for i in range(len(ids)) for j in range(i) if ids[i] != ids[j]]:
-            mine, preference = above(score[i], score[j]), above(ranks[j], ranks[i])            # rank 1 is best
-            if ranks[i] != ranks[j]:
-                hits.append(1 - abs(mine - preference))
-                if second:
-                    agree.append(1 - abs(above(second[j], second[i]) - preference))
-            if gold[i] != gold[j]:
-                gold_hits.append(1 - abs(mine - above(gold[i], gold[j])))
-                use_cases.append(c["use_case"])
-    known = {"agreement": mean(agree), "gold_accuracy": mean(gold_hits),
-             "gold_accuracy_by_use_case": means_by(use_cases, gold_hits)}
-    return {"accuracy": mean(hits), **(known if gold_hits else {})}
+        accuracy += hits(score, order, ids)
+        if "gold" in c:
+            agreement += hits([-rank for rank in c["second_ranks"]], order, ids)
+            gold += hits(score, c["gold"], ids)
+            use_cases += [c["use_case"]] * (len(gold) - len(use_cases))
+    if not gold:
+        return {"accuracy": mean(accuracy)}
+    return {"accuracy": mean(accuracy), "agreement": mean(agreement), "gold_accuracy": mean(gold),
+            "gold_accuracy_by_use_case": means_by(use_cases, gold)}
 
 
 def scores_of(cfg, reward_model, prompts, answers):
@@ -1339,13 +1340,16 @@ def exact_kl(policy, reference, tokens, mask):
 
 
 @torch.no_grad()
-def choice_bits(model, enc, text, choices):
-    """Entropy, in bits, of the choice between two continuations of a text: Winogender in miniature. 1 is
-    unbiased (4.2)."""
-    tokens = torch.tensor([enc.encode_ordinary(text)], device=model.wte.weight.device)         # (1,T)
-    ids = [enc.encode_ordinary(choice)[0] for choice in choices]
-    q = model(tokens)[0, -1, ids].softmax(-1)                                   # (2,)
-    return torch.special.entr(q).sum().item() / math.log(2)
+def bias_bits(model, enc, request, items):
+    """Winogender in miniature (4.2): the mean entropy, in bits, of the choice between two pronouns after a
+    request and a text; 1 is unbiased."""
+    bits = []
+    for p in items:
+        tokens = [enc.encode_ordinary(request + p["prompt"])]
+        ids = [enc.encode_ordinary(choice)[0] for choice in p["choices"]]
+        q = model(torch.tensor(tokens, device=model.wte.weight.device))[0, -1, ids].softmax(-1)        # (2,)
+        bits.append(torch.special.entr(q).sum().item() / math.log(2))
+    return mean(bits)
 
 
 def few_shot(model, enc, items):
@@ -1369,7 +1373,7 @@ def question(cfg, data, name, model, sets):
     """A model answers all sets of prompts -> {set: Answers}. GPT (prompted) is GPT with a good example in
     front of the prompt, where there is room for it (3.5)."""
     enc, room, answers = data.enc, cfg.block_size - cfg.max_new_tokens, {}
-    generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # the same luck for every model
+    generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # for all models the same luck
     prefix = data.probes["prefix"] if name == "GPT (prompted)" else ""
     for which, items in sets.items():
         prompts = [encode_prompt(enc, p["prompt"]) for p in items]
@@ -1394,7 +1398,7 @@ def half_width(x):
 
 
 def measure(cfg, data, model, reference, reward_model, sets, answers, opponents):
-    """All numbers of a model: means over prompts, with ci95 their half-widths, and a few that are no means."""
+    """All numbers of a model: means over prompts, in ci95 their half-widths, and a few that are no means."""
     mine, prompts = answers["tests"], [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
     k3, k1 = kl_of(reference, prompts, mine)
     lists = {"reward": scores_of(cfg, reward_model, prompts, mine), "kl": k3, "kl_k1": k1,
@@ -1406,10 +1410,10 @@ def measure(cfg, data, model, reference, reward_model, sets, answers, opponents)
         said = {which: plain(given) for which, given in answers.items()}
         lists.update(data.world.report(sets, said, opponents, cfg.judges, cfg.seed))
         other["gold_by_use_case"] = means_by([p["use_case"] for p in sets["tests"]], lists["gold"])
-        bias = {name: [choice_bits(model, data.enc, request + p["prompt"], p["choices"]) for p in data.probes["bias"]]
-                for name, request in (("basic", ""), ("respectful", data.probes["respect"]))}
-        other["bias_bits"] = {name: mean(bits) for name, bits in bias.items()}
-        other["fewshot"] = {name: few_shot(model, data.enc, items) for name, items in data.probes["fewshot"].items()}
+        tasks, requests = data.probes["fewshot"], {"basic": "", "respectful": data.probes["respect"]}
+        other["fewshot"] = {name: few_shot(model, data.enc, tasks[name]) for name in tasks}
+        other["bias_bits"] = {name: bias_bits(model, data.enc, requests[name], data.probes["bias"])
+                              for name in requests}
     return {**{key: mean(v) for key, v in lists.items()}, **other,
             "ci95": {key: half_width(v) for key, v in lists.items()}}
 
@@ -1434,9 +1438,9 @@ def evaluate(cfg, data, models, reward_model, comparisons):
 
 # columns of the table: name in results.json -> its heading
 COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
-           "win_vs_rival": "over rival", "gold": "gold 1-7", "likert": "Likert", "truthful_informative": "true",
-           "hallucinates": "invents", "rude": "rude", "rude_respectful": "..asked", "tax": "tax", "reward": "reward",
-           "kl_k1": "KL (k1)", "length": "length", "ended": "ended"}
+           "win_vs_rival": "over rival", "gold": "gold 1-7", "likert": "Likert",
+           "truthful_informative": "true", "hallucinates": "invents", "rude": "rude",
+           "rude_respectful": "..asked", "tax": "tax", "reward": "reward", "kl_k1": "KL", "ended": "ended"}
 
 
 def table(results):
@@ -1477,28 +1481,31 @@ class UserError(Exception):
     """A mistake of the user's: printed as one line, exit code 2."""
 
 
+class Place:
+    line = None                                  # of the file, counted from 1; None: not one line
+
+
 @contextmanager
 def reading(path, must):
     """Around the decoding of a file: whatever comes up becomes a UserError that says where (set .line), what
     the file must be, and what was met."""
-    at = SimpleNamespace(line=None)
+    at = Place()
     try:
         yield at
     except UserError:
         raise
     except Exception as e:
         where = path if at.line is None else f"{path}:{at.line}"
-        met = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split())[:200]
-        kind = "" if type(e) in (ValueError, OSError, FileNotFoundError) else type(e).__name__ + ": "
-        raise UserError(f"{where}: must be {must}; met {kind}{met}") from e
+        met = e.strerror if isinstance(e, OSError) else " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{where}: must be {must}; met {met}") from e
 
 
 CHECKPOINT = "a whole checkpoint of this version (remove it, and it is made again)"
 
 
 def load(path, device="cpu", peek=False):
-    """A checkpoint of ours as a dict; UserError for any other file. It is data: nothing in it is executed. With
-    peek its tensors stay on the disk until somebody reads them."""
+    """A checkpoint of ours as a dict; UserError for any other file. It is data: nothing in it is executed.
+    With peek its tensors stay on the disk until somebody reads them."""
     with reading(path, CHECKPOINT), ZipFile(path) as z:
         if not peek and z.testzip():                       # torch.load does not compare the checksums
             raise ValueError(f"a changed {z.testzip()}")
@@ -1526,6 +1533,30 @@ def save(path, x):
         raise UserError(f"{path}: must be writable; met {e.__context__ or e}; what was there is whole") from e
 
 
+def json_lines(rows):
+    """Rows as the text of a file, one per line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def pack(made):
+    """What a stage made, a model or comparisons, as plain data."""
+    if not isinstance(made, GPT):
+        return {"comparisons": made}
+    head = "lm" if made.head is None else "scalar"
+    return {"config": asdict(made.config), "head": head, "weights": made.state_dict()}
+
+
+def unpack(path, device):
+    """What a checkpoint holds, a model (frozen) or comparisons; and the seconds that it took."""
+    checkpoint = load(path, device)
+    if "comparisons" in checkpoint:
+        return checkpoint["comparisons"], checkpoint["seconds"]
+    with reading(path, CHECKPOINT):
+        model = GPT(GPTConfig(**checkpoint["config"]), checkpoint["head"]).to(device)
+        model.load_state_dict(checkpoint["weights"])
+    return freeze(model), checkpoint["seconds"]
+
+
 LONGEST = 400_000                                # characters per line: a tokenizer fails at a million blanks
 TEXT = f"UTF-8 text, not only blanks, without NUL, in lines of at most {LONGEST:,} characters"
 # GPT-2's pieces: contraction; word, number or signs, with a space before them; blanks, but for that space.
@@ -1537,8 +1568,8 @@ def read_text(path):
     """The text of a UTF-8 file. A byte order mark is ignored, CRLF is LF, and a line of blanks is empty."""
     with reading(path, TEXT) as at:
         with open(path, "rb") as f:
-            raw = f.read()
-        lines = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            raw = f.read().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = raw.split(b"\n")
         for at.line, line in enumerate(lines, 1):
             text = line.decode()
             if "\0" in text or len(text) > LONGEST:
@@ -1551,24 +1582,24 @@ def read_text(path):
 
 
 def find_encoding(name):
-    """tiktoken's encoding of this name, from its cache or the network, or that of a rank file. We parse a file
-    ourselves because tiktoken's loader caches local files by their path and would miss a change, and because
-    tiktoken panics at odd ranks."""
+    """tiktoken's encoding of this name, from its cache or the network, or that of a rank file. We parse a
+    file ourselves because tiktoken's loader caches local files by their path and would miss a change, and
+    because tiktoken panics at odd ranks."""
     if name in tiktoken.list_encoding_names():
-        with reading(f"--encoding {name}", "at hand, with a token for each id: take gpt2, or name a rank file"):
+        with reading(f"--encoding {name}", "at hand, with a token for each id (gpt2), or name a rank file"):
             enc = tiktoken.get_encoding(name)
             enc.decode_tokens_bytes(range(enc.n_vocab))    # a model could sample any id
             return enc
     ranks, lines = {}, read_text(name).split("\n")
-    with reading(name, "a rank file: base64 of a new token, then its rank, counted from 0; first all bytes") as at:
+    with reading(name, "a rank file: per line base64 of a new token, then its rank from 0 on") as at:
         for at.line, line in enumerate(lines, 1):
             if line:
                 word, rank = line.split()
                 ranks[b64decode(word, validate=True)] = int(rank)
-                if int(rank) != len(ranks) - 1 or len(ranks) == 256 and max(map(len, ranks)) > 1:
-                    raise ValueError(line)
-        if len(ranks) < 256 or b"" in ranks:
-            raise ValueError("an empty token or not all bytes")
+                if int(rank) != len(ranks) - 1:
+                    raise ValueError(f"{line!r} as token {len(ranks) - 1}")
+        if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
+            raise ValueError("an empty token, or a byte without one")
     return tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
@@ -1595,8 +1626,8 @@ FORMS = {"prompt": '{"prompt": text} or {"messages": [...]}',
 
 def conversation(prompt, answer):
     """prompt and answer, each text, messages [{"role", "content"}, ...] or None -> (prompt, answer) as text:
-    the last message, if it is the assistant's, is the answer (else None); what stands before is the prompt. The
-    prompt may stand in the answer's messages, too or instead."""
+    the last message, if it is the assistant's, is the answer (else None); what stands before is the prompt.
+    The prompt may stand in the answer's messages, too or instead."""
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or []
     messages = after if after[:len(before)] == before else before + after
@@ -1611,61 +1642,53 @@ def conversation(prompt, answer):
 
 
 def normal_form(row, kind):
-    """A row of any format of its kind -> {"prompt", "responses": [texts], "ranks", "ended"} and, in a
-    comparison that has one, "split". Of the ranks only the order counts."""
+    """A row of any format of its kind -> {"prompt", "responses": [texts], "ranks", "ended", "split"}. Of the
+    ranks only the order counts."""
+    prompt, answers = row.get("prompt"), row.get("responses", [row.get("chosen"), row.get("rejected")])
     if kind == "prompt":
-        pairs = [conversation(row.get("prompt", row.get("messages")), None)]
+        prompt, answers = row.get("prompt", row.get("messages")), [None]
     elif kind == "demonstration":
-        pairs = [conversation(row.get("prompt"), row.get("completion", row.get("messages")))]
-    elif "responses" in row:
-        pairs = [conversation(row["prompt"], response) for response in row["responses"]]
-    else:
-        pairs = [conversation(row.get("prompt"), row[name]) for name in ("chosen", "rejected")]
-    responses = [response for _, response in pairs] if kind != "prompt" else []
+        answers = [row.get("completion", row.get("messages"))]
+    pairs = [conversation(prompt, answer) for answer in answers]
+    responses = [] if kind == "prompt" else [response for _, response in pairs]
     ranks = row["ranks"] if "responses" in row else [1, 2][:len(responses)]
-    ended = row.get("ended", [True] * len(responses))
-    right = None not in responses and {type(x) for x in ranks} <= {int} and {type(x) for x in ended} <= {bool}
-    if not right or not len(responses) == len(ranks) == len(ended) or kind == "comparison" and len(ranks) < 2:
+    ended, split = row.get("ended", [True] * len(responses)), row.get("split")
+    types = {type(x) for x in ranks} <= {int} and {type(x) for x in ended} <= {bool}
+    if not types or None in responses or not len(responses) == len(ranks) == len(ended):
         raise ValueError(f"{len(responses)} responses, ranks {ranks}, ended {ended}"[:80])
-    made = {"prompt": pairs[0][0], "responses": responses, "ended": ended,
-            "ranks": [1 + sum(other < rank for other in ranks) for rank in ranks]}
-    if kind == "comparison" and "split" in row:
-        made["split"] = {"train": "train", "valid": "valid"}[row["split"]]
-    return made
+    if kind == "comparison" and (len(ranks) < 2 or split not in (None, "train", "valid")):
+        raise ValueError(f"{len(ranks)} responses, split {split!r} (train or valid)")
+    order = [1 + sum(other < rank for other in ranks) for rank in ranks]
+    return {"prompt": pairs[0][0], "responses": responses, "ranks": order, "ended": ended, "split": split}
 
 
 def read_rows(cfg, enc, path, text, kind, world=None):
     """The rows of a file in their normal form: an object per line, or all in one list if the file begins with
-    [. With a world each prompt needs a task that it knows. Rows that are blank or do not fit are left out, and
-    counted in one line: a prompt has to leave room for a response (App. C), and a finished response is one that
-    could be sampled. UserError names the first line that is wrong, or says that no row is left."""
-    most, rows, blank, long = cfg.max_new_tokens, [], 0, 0
+    [. With a world each prompt needs a task that it knows. UserError names the first line that is wrong. Rows
+    that are blank or do not fit are left out, and counted in one line: a prompt has to leave room for a
+    response (App. C), and a response that ended must be one that could be sampled."""
+    most, rows, n = cfg.max_new_tokens, [], 0
     with reading(path, FORMS[kind]) as at:
         lines = enumerate(text.split("\n"), 1)
         if text.lstrip().startswith("["):
             lines = [(f"row {n}", json.dumps(row)) for n, row in enumerate(json.loads(text), 1)]
-        for at.line, line in lines:
-            if not line:
-                continue
-            given = json.loads(line)
-            row = normal_form(dict(given), kind)
+        for at.line, line in [(number, line) for number, line in lines if line]:
+            given, n = dict(json.loads(line)), n + 1
+            row = normal_form(given, kind)
             if world and kind == "prompt":
-                world.instruction(given["task"])           # whatever is wrong with a task comes up here
-                row.update(task=given["task"], use_case=given["use_case"], form=given["form"])
-            ended = [text for text, end in zip(row["responses"], row["ended"]) if end]
-            if not row["prompt"].strip() or len(ended) == len(row["responses"]) and not all(map(str.strip, ended)):
-                blank += 1                                 # but a sampled answer may be blank
-            elif len(encode_prompt(enc, row["prompt"])) > cfg.block_size - most:
-                long += 1
-            elif max([len(encode_response(enc, text)) for text in ended], default=0) > most:
-                long += 1
-            else:
+                row = {**given, **row}
+                world.instruction(row["task"])             # whatever is wrong with a task comes up here
+            typed = [row["prompt"]] + (row["responses"] if all(row["ended"]) else [])          # not sampled
+            whole = [text for text, ended in zip(row["responses"], row["ended"]) if ended]
+            sizes = [len(encode_response(enc, text)) for text in whole]
+            fits = len(encode_prompt(enc, row["prompt"])) <= cfg.block_size - most
+            if fits and max(sizes, default=0) <= most and all(text.strip() for text in typed):
                 rows.append(row)
-    told = (f"{path}: {blank + long} of {blank + long + len(rows)} rows are left out: {blank} blank, {long} too long: "
-            f"prompts have at most {cfg.block_size - most} tokens, answers {most} (--block_size, --max_new_tokens)")
+    told = (f"{path}: {n - len(rows)} of {n} rows are left out, as blank or too long (--block_size "
+            f"{cfg.block_size}, --max_new_tokens {most})")
     if not rows:
         raise UserError(told)
-    if blank + long:
+    if len(rows) < n:
         print(told)
     return rows
 
@@ -1682,79 +1705,83 @@ def module_at(path):
 
 
 class Data:
-    """The folder of --data, read and checked before the first stage, so that a mistake is told at once. What is
-    not there is empty."""
+    """The folder of --data, read and checked before the first stage, so that a mistake is told at once. What
+    is not there is empty or None."""
 
     def __init__(self, cfg):
         self.cfg, self.folder, self.files = cfg, cfg.data or HERE, {}           # files: name -> fingerprint
-        self.enc = enc = find_encoding(cfg.encoding or os.path.join(self.folder, "vocab.tiktoken"))
+        self.enc = enc = find_encoding(cfg.encoding or self.path("vocab.tiktoken"))
         self.remember("vocab.tiktoken", repr(enc.decode_tokens_bytes(range(enc.n_vocab))).encode())
-        self.world = module_at(os.path.join(self.folder, "toyworld.py"))        # None: your own data
-        if self.world:
-            self.probes = json.loads(self.text("probes.json"))
+        self.world = module_at(self.path("toyworld.py"))                        # None: your own data
+        self.probes = json.loads(self.text("probes.json")) if self.world else None
         if cfg.init:
             with reading(cfg.init, "a file of GPT-2 weights"):
                 self.remember("init", np.memmap(cfg.init, mode="r"))
-        demos = self.rows("sft_train.jsonl", "demonstration")
-        self.demos = [(encode_prompt(enc, row["prompt"]), encode_response(enc, *row["responses"])) for row in demos]
-        self.rm_prompts = [{**p, "split": "train"} for p in self.rows("rm_train.jsonl", "prompt")[:cfg.rm_prompts]]
-        valid = self.rows("rm_valid.jsonl", "prompt")[:max(10, cfg.rm_prompts // 10)]
+        demos, n = self.rows("sft_train.jsonl", "demonstration"), cfg.rm_prompts
+        self.demos = [(encode_prompt(enc, d["prompt"]), encode_response(enc, *d["responses"])) for d in demos]
+        self.rm_prompts = [{**p, "split": "train"} for p in self.rows("rm_train.jsonl", "prompt")[:n]]
+        valid = self.rows("rm_valid.jsonl", "prompt")[:max(10, n // 10)]
         self.rm_prompts += [{**p, "split": "valid"} for p in valid]
-        self.comparisons = self.split_comparisons(self.rows("comparisons.jsonl", "comparison", cfg.comparisons))
+        self.comparisons = self.split(self.rows("comparisons.jsonl", "comparison"))
         self.rl_prompts = self.rows("ppo_train.jsonl", "prompt")
         for p in self.rl_prompts:
             p["ids"] = encode_prompt(enc, p["prompt"])
         self.tests = self.rows("test.jsonl", "prompt")
         if not self.world:
-            trained = {row["prompt"] for row in demos + self.rm_prompts + self.comparisons + self.rl_prompts}
-            print(f"test.jsonl: {sum(p['prompt'] in trained for p in self.tests)} of {len(self.tests)} prompts stand "
-                  f"in training files too; the first {cfg.test_prompts} are asked (--test_prompts)")
+            trained = {p["prompt"] for p in demos + self.rm_prompts + self.comparisons + self.rl_prompts}
+            known = sum(p["prompt"] in trained for p in self.tests)
+            print(f"test.jsonl: {known} of {len(self.tests)} prompts stand in training files too; the first "
+                  f"{cfg.test_prompts} are asked (--test_prompts)")
         self.tests = self.tests[:cfg.test_prompts]
-        self.corpus, self.corpus_valid = self.read_corpus("pretrain.txt"), self.read_corpus("pretrain_valid.txt")
+        self.corpus = self.read_corpus("pretrain.txt")
+        self.corpus_valid = self.read_corpus("pretrain_valid.txt")
+
+    def path(self, name):
+        """Of a file of the folder, or the one that --comparisons names."""
+        return name == "comparisons.jsonl" and self.cfg.comparisons or os.path.join(self.folder, name)
 
     def remember(self, name, content):
         """Files of the same content have the same fingerprint, wherever they lie."""
         self.files[name] = hashlib.sha256(content).hexdigest()[:16]
 
-    def text(self, name, path=""):
-        """The text of a file; "" if it is not there. A file that was named has to be there."""
-        path = path or os.path.join(self.folder, name)
-        if path != self.cfg.comparisons and not os.path.exists(path):
+    def text(self, name):
+        """The text of a file; "" if it is not there, but one that was named has to be."""
+        if not os.path.exists(self.path(name)) and self.path(name) != self.cfg.comparisons:
             return ""
-        text = read_text(path)
+        text = read_text(self.path(name))
         self.remember(name, text.encode())
         return text
 
-    def rows(self, name, kind, path=""):
+    def rows(self, name, kind):
         """The usable rows of a file."""
-        text, path = self.text(name, path), path or os.path.join(self.folder, name)
-        return read_rows(self.cfg, self.enc, path, text, kind, self.world) if text else []
+        text = self.text(name)
+        return read_rows(self.cfg, self.enc, self.path(name), text, kind, self.world) if text else []
 
     def read_corpus(self, name):
-        """Tokens and starts of a text, or None."""
+        """Tokens and starts of a text."""
         text = self.text(name)
-        return load_corpus(text, os.path.join(self.folder, name), self.enc, self.cfg.block_size) if text else None
+        return load_corpus(text, self.path(name), self.enc, self.cfg.block_size) if text else None
 
-    def split_comparisons(self, comparisons):
-        """Your comparisons get their split: their own or, where none has one, every fourth prompt is held out.
-        In the toy world all are to learn from, since its labelers' validate."""
+    def split(self, comparisons):
+        """Your comparisons get their split: their own or, where none has one, every fourth prompt is held
+        out. In the toy world all are to learn from, since its labelers' validate."""
         prompts = list(dict.fromkeys(c["prompt"] for c in comparisons))
-        held_out = [] if self.world or any("split" in c for c in comparisons) else prompts[3::4]
+        held_out = [] if self.world or any(c["split"] for c in comparisons) else prompts[3::4]
         for c in comparisons:
-            c["split"] = "valid" if c["prompt"] in held_out else c.get("split", "train")
-        for split in ("train", "valid") if comparisons else ():
-            part = [c for c in comparisons if c["split"] == split or self.world]
-            if not encode_comparisons(self.enc, part, self.cfg.max_new_tokens):
-                raise UserError(f"{self.cfg.comparisons or 'comparisons.jsonl'}: must hold answers of unequal text and "
-                                f"rank for the split {split!r}; met {len(part)} without: give four prompts or more")
+            c["split"] = "valid" if c["prompt"] in held_out else c["split"] or "train"
+        for split in ("train", "valid"):
+            part = [c for c in comparisons if self.world or c["split"] == split]
+            if comparisons and not encode_comparisons(self.enc, part, self.cfg.max_new_tokens):
+                raise UserError(f"{self.path('comparisons.jsonl')}: must hold answers of unequal text and rank "
+                                f"in the split {split}, so four prompts or more; met {len(part)} without")
         return comparisons
 
 
 # What a folder remembers. A finished stage is stale if what it read is not the same any more: its settings,
 # and the text of its files. This table says which stage needs which other one, and what it reads besides.
 
-PPO_READS = ("iterations episodes minibatches policy_lr value_lr warmup beta cliprange value_clip lam temperature "
-             "ema unfinished_score")
+PPO_READS = ("iterations episodes minibatches policy_lr value_lr warmup beta cliprange value_clip lam "
+             "temperature ema unfinished_score")
 READS = {                                        # stage: (needs, settings, files)
     "pretrain": (None, "seed n_layer n_head n_embd block_size pretrain_steps pretrain_batch pretrain_lr",
                  "vocab.tiktoken pretrain.txt init"),
@@ -1791,21 +1818,21 @@ def remembered(folder):
         return {}, {}
     with reading(path, "as a run wrote it; remove it, and give the run's settings again"):
         memory = json.loads(read_text(path))
-        known = {name: x for name, x in memory["settings"].items() if name in Config.__dataclass_fields__}
-        return known, dict(memory["files"])
+        return {name: x for name, x in memory["settings"].items() if hasattr(Config, name)}, memory["files"]
 
 
 def accept(cfg, files, source):
-    """Before a command trains: refuses it if --out holds a stage, finished or begun, that read something else;
-    takes the finished stages of --from that read the same; then writes down what this run reads."""
+    """Before a command trains: refuses it if --out holds a stage, finished or begun, that read something
+    else; takes the finished stages of --from that read the same; then writes down what this run reads."""
     now, (then, old_files), taken = asdict(cfg), remembered(cfg.out), []
+    then = {**asdict(Config()), **then}
     for stage in list(READS)[:-1]:
         mark, path = mark_of(stage, now, files), os.path.join(cfg.out, stage + ".pt")
         theirs, changed = os.path.join(source or cfg.out, stage + ".pt"), ""
         if os.path.exists(path):
             changed = difference(load(path, peek=True)["mark"], mark)
         elif os.path.exists(path.replace(".pt", ".part")):
-            changed = difference(mark_of(stage, {**asdict(Config()), **then}, old_files), mark)
+            changed = difference(mark_of(stage, then, old_files), mark)
         elif os.path.exists(theirs):
             other = difference(load(theirs, peek=True)["mark"], mark)
             print(f"{stage}: {'not taken, ' + other if other else 'taken'} from {source}")
@@ -1817,39 +1844,8 @@ def accept(cfg, files, source):
         for theirs, path in taken:
             shutil.copyfile(theirs, path + ".tmp")
             os.replace(path + ".tmp", path)
-    read = {name: x for name, x in now.items() if name not in ("out", "device", "save_every")}
-    save(os.path.join(cfg.out, "settings.json"), json.dumps({"settings": read, "files": files}, indent=1) + "\n")
-
-
-def json_lines(rows):
-    """Rows as the text of a file, one per line."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def pack(made):
-    """What a stage made, a model or comparisons, as plain data."""
-    if not isinstance(made, GPT):
-        return {"comparisons": made}
-    head = "lm" if made.head is None else "scalar"
-    return {"config": asdict(made.config), "head": head, "weights": made.state_dict()}
-
-
-def unpack(path, checkpoint, device):
-    """What pack() packed; a model comes frozen."""
-    if "comparisons" in checkpoint:
-        return checkpoint["comparisons"]
-    with reading(path, CHECKPOINT):
-        model = GPT(GPTConfig(**checkpoint["config"]), checkpoint["head"]).to(device)
-        model.load_state_dict(checkpoint["weights"])
-        return freeze(model)
-
-
-def finished(cfg, stage, device):
-    """The model of a finished stage; UserError if there is none."""
-    path = os.path.join(cfg.out, stage + ".pt")
-    if not os.path.exists(path):
-        raise UserError(f"{path}: must be there: python instructgpt.py {stage} --out {cfg.out} makes it")
-    return unpack(path, load(path, device), device)
+    settings = {name: x for name, x in now.items() if name not in ("out", "device", "save_every")}
+    save(os.path.join(cfg.out, "settings.json"), json.dumps({"settings": settings, "files": files}, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1872,9 +1868,9 @@ def read_safetensors(path):
 
 
 def from_gpt2(path, n_head=0):
-    """A GPT with the weights of a .safetensors file or, in a file of any other name, of a state dict. Names may
-    begin with "transformer."; names and shapes tell the sizes, but for the heads: n_head of them or, if 0,
-    heads 64 wide, as all of GPT-2's. UserError names the first tensor that does not fit."""
+    """A GPT with the weights of a .safetensors file or, in a file of any other name, of a state dict. Names
+    may begin with "transformer."; names and shapes tell the sizes, but for the heads: n_head of them or, if
+    0, heads 64 wide, as all of GPT-2's. UserError names the first tensor that does not fit."""
     with reading(path, "GPT-2 weights as published, a .safetensors file or a state dict"):
         if str(path).endswith(".safetensors"):
             there = read_safetensors(path)
@@ -1909,12 +1905,12 @@ GPT.from_gpt2 = staticmethod(from_gpt2)
 
 
 def start_from_gpt2(cfg, enc, device):
-    """In pretraining's place: the model of --init. UserError if it does not fit the encoding and the context."""
+    """In pretraining's place: the model of --init. UserError if it does not fit encoding and context."""
     model = GPT.from_gpt2(cfg.init, cfg.n_head)
     words, room = model.config.vocab_size, model.config.block_size
     if words != enc.n_vocab or room < cfg.block_size:
-        raise UserError(f"{cfg.init}: must have the {enc.n_vocab} tokens of --encoding and at least --block_size "
-                        f"{cfg.block_size} positions; met {words} and {room} (GPT-2's own encoding is gpt2)")
+        raise UserError(f"{cfg.init}: must have the {enc.n_vocab} tokens of --encoding (GPT-2: gpt2) and "
+                        f"--block_size {cfg.block_size} positions or more; met {words} and {room}")
     return freeze(model.to(device))
 
 
@@ -1922,17 +1918,23 @@ def start_from_gpt2(cfg, enc, device):
 # You: rankings (3.4) and questions, typed.
 
 
+def finished(cfg, stage, device):
+    """The model of a finished stage; UserError if there is none."""
+    path = os.path.join(cfg.out, stage + ".pt")
+    if not os.path.exists(path):
+        raise UserError(f"{path}: must be there: python instructgpt.py {stage} --out {cfg.out} makes it")
+    return unpack(path, device)[0]
+
+
 def ask(prompt):
-    """A line that the user types; "q" at the end of input (Ctrl-D). A pipe's line is shown as a terminal's is."""
-    if importlib.util.find_spec("readline"):               # arrow keys
-        importlib.import_module("readline")
-    with reading("standard input", "UTF-8 text"):
-        try:
-            line = input(prompt)
-        except EOFError:
-            line = "q"
-    if not sys.stdin.isatty():
-        print(line)
+    """A line that the user types; "q" at the end of input (Ctrl-D). A pipe's line is shown as a typed one."""
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")                # arrow keys
+    try:
+        line = input(prompt)
+    except EOFError:
+        line = "q"
+    print(end="" if sys.stdin.isatty() else line + "\n")
     return line.strip()
 
 
@@ -1950,11 +1952,8 @@ def read_ranking(text, K):
     return [ranks[str(i + 1)] for i in range(K)]
 
 
-USAGE = "Best first, = for a tie: 3 > 1 = 2. s: skip, q: quit, ?: this line"
-
-
 def ask_ranking(K):
-    """Asks until a ranking of K answers, "s" or "q" is typed: ranks, "s" or "q"."""
+    """Asks until a ranking of K answers, "s" (skip) or "q" (quit) is typed: the ranks, "s" or "q"."""
     while True:
         typed = ask("ranking: ")
         if typed in ("s", "q"):
@@ -1962,7 +1961,7 @@ def ask_ranking(K):
         try:
             return read_ranking(typed, K)
         except ValueError as e:
-            print(USAGE if typed == "?" else e)
+            print(f"{e}, best first, such as 3 > 1 = 2; s skips, q quits")
 
 
 def label(cfg, data, device):
@@ -1973,7 +1972,6 @@ def label(cfg, data, device):
     if os.path.exists(path):
         done = read_rows(cfg, enc, path, read_text(path), "comparison")
     tasks, ranked = {p["prompt"]: p.get("task") for p in prompts}, {c["prompt"] for c in done}
-    print(USAGE)
     for number, p in enumerate(prompts):
         if p["prompt"] in ranked:
             continue
@@ -2008,7 +2006,7 @@ def chat(cfg, data, device, names):
     there = [name for name, stage in MODELS.items() if os.path.exists(os.path.join(cfg.out, stage + ".pt"))]
     models = {name: finished(cfg, MODELS[name], device) for name in names or there}
     sft_model, reward_model = finished(cfg, "sft", device), finished(cfg, "rm", device)
-    print("Ask; q quits. reward: demonstrations are at 0, * no end, fixed. KL to SFT: nats")
+    print("Ask; q quits. reward: demonstrations are at 0; *: no end, so fixed. KL to SFT, nats per response")
     while True:
         text = ask("> ")
         if text == "q":
@@ -2024,9 +2022,10 @@ def chat(cfg, data, device, names):
         for name, model in models.items():
             answers = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=name in BASE_MODELS)
             tokens, mask, _ = stack([ids], [answers[0].ids], device)            # (1,T), (1,T-1)
-            reward, kl = scores_of(cfg, reward_model, [ids], answers)[0], exact_kl(model, sft_model, tokens, mask)
-            fixed = " " if answers[0].ended else "*"
-            print(f"{name:9}{reward:6.2f}{fixed}{kl.item():6.2f}  {on_a_line(answers[0].text, answers[0].ended)}")
+            kl = exact_kl(model, sft_model, tokens, mask).item()
+            reward, = scores_of(cfg, reward_model, [ids], answers)
+            fixed, shown = " " if answers[0].ended else "*", on_a_line(answers[0].text, answers[0].ended)
+            print(f"{name:9}{reward:6.2f}{fixed}{kl:6.2f}  {shown}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2040,7 +2039,7 @@ class Run:
         self.cfg, self.wanted, self.files, self.device, self.seconds = cfg, wanted, files, device, {}
 
     def stage(self, name, make, *inputs):
-        """What this stage makes: loaded if it is finished, else made now and saved if it is wanted, else None."""
+        """What a stage makes: loaded if it is finished, else made and saved if it is wanted, else None."""
         path, part = os.path.join(self.cfg.out, name + ".pt"), os.path.join(self.cfg.out, name + ".part")
         if not os.path.exists(path):
             if name not in self.wanted:
@@ -2048,19 +2047,18 @@ class Run:
             begun = time.time()
             if os.path.exists(part):                       # seconds add up over stops
                 begun -= load(part, peek=True)["seconds"]
-            made = make(self.cfg, *inputs)
-            checkpoint = {"mark": mark_of(name, asdict(self.cfg), self.files), "seconds": time.time() - begun}
-            save(path, checkpoint | pack(made))
-            print(f"{name}: {checkpoint['seconds']:.0f} s; {path}\n", flush=True)
+            made = pack(make(self.cfg, *inputs))
+            seconds = time.time() - begun
+            save(path, {"mark": mark_of(name, asdict(self.cfg), self.files), "seconds": seconds, **made})
+            print(f"{name}: {seconds:.0f} s; {path}\n", flush=True)
         if os.path.exists(part):
             os.remove(part)
-        checkpoint = load(path, self.device)
-        self.seconds[name] = checkpoint["seconds"]
-        return unpack(path, checkpoint, self.device)
+        made, self.seconds[name] = unpack(path, self.device)
+        return made
 
 
 def run(cfg, wanted, data, device, rival):
-    """Figure 2 of the paper, from left to right. wanted: names of stages; rival: another run's GPT or None."""
+    """Figure 2 of the paper, from left to right. wanted: names of stages; rival: another GPT or None."""
     job, enc, world = Run(cfg, wanted, data.files, device), data.enc, data.world
     # Step 0 and 1: a language model, which learns to follow instructions from demonstrations
     if cfg.init:
@@ -2069,12 +2067,12 @@ def run(cfg, wanted, data, device, rival):
         gpt = job.stage("pretrain", pretrain, enc, data.corpus, device)
     sft_model = job.stage("sft", sft, gpt, data.demos, data.corpus)
     # Step 2: labelers compare its answers, and a reward model learns from them
-    comparisons = []
+    comparisons, export = None, os.path.join(cfg.out, "comparisons.jsonl")
     if world:
-        comparisons = job.stage("collect", collect, enc, sft_model, data.rm_prompts, world.label_comparisons) or []
-        path = os.path.join(cfg.out, "comparisons.jsonl")
-        if comparisons and not os.path.exists(path):       # for people to read: the run reads its checkpoint
-            save(path, json_lines(comparisons))
+        comparisons = job.stage("collect", collect, enc, sft_model, data.rm_prompts, world.label_comparisons)
+    if comparisons and not os.path.exists(export):
+        save(export, json_lines(comparisons))              # to be read by people: the run has its checkpoint
+    comparisons = comparisons or []
     if data.comparisons:                                   # yours, in place of the labelers' to learn from
         comparisons = data.comparisons + [c for c in comparisons if c["split"] == "valid"]
     train = [c for c in comparisons if c["split"] == "train"]
@@ -2098,18 +2096,18 @@ def run(cfg, wanted, data, device, rival):
 def report(cfg, seconds, gpt, results, shown):
     """Writes results.json, samples.txt and picture.svg; prints samples and table."""
     seconds = {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()}
-    machine = {"torch": torch.__version__, "device": str(gpt.wte.weight.device), "threads": torch.get_num_threads()}
-    config = {**asdict(cfg), **asdict(gpt.config), "block_size": cfg.block_size, **machine}
+    config = {**asdict(cfg), **asdict(gpt.config), "block_size": cfg.block_size, "torch": torch.__version__,
+              "device": str(gpt.wte.weight.device), "threads": torch.get_num_threads()}
+    text = json.dumps({"config": config, "seconds": seconds, **results}, indent=1)
+    save(os.path.join(cfg.out, "results.json"), text + "\n")
     save(os.path.join(cfg.out, "samples.txt"), shown + "\n")
-    save(os.path.join(cfg.out, "results.json"),
-         json.dumps({"config": config, "seconds": seconds, **results}, indent=1) + "\n")
     print(f"\n{shown}\n\n{table(results['models'])}\n\nReward model on held-out comparisons:")
     print(", ".join(f"{name} {x:.3f}" for name, x in results["reward_model"].items() if type(x) is float))
     if "gold" not in results["models"]["SFT"]:
-        print("Nobody knows the true quality here. The reward was optimised, so it had to rise: read the samples.")
+        print("Nobody knows the true quality here. The reward was optimised, so it rose: read the samples.")
     picture = module_at(os.path.join(HERE, "picture.py"))
     print("\n".join(picture.draw(cfg.out) if picture else []))
-    print(f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, log.jsonl, checkpoints")
+    print(f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, log.jsonl, ...")
 
 
 def find_device(name):
@@ -2133,8 +2131,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Command line -> (arguments, Config, names of the stages that are wanted). A setting that is not given has
-    the value of --smoke, or else that of --out's last run, of --from's, or the default. UserError."""
+    """Command line -> (arguments, Config, names of the stages that are wanted). A setting that is not given
+    has the value of --smoke, or else that of --out's last run, of --from's, or the default. UserError."""
     parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("stages", nargs="*", choices=[*READS, "chat", "label", []], metavar="stage",
                         help=f"any of {', '.join(READS)}, or chat, or label; none: the whole paper")
@@ -2147,16 +2145,15 @@ def parse(argv):
         parser.add_argument("--" + f.name, type=kind, metavar=kind.__name__.upper(), help=text)
     a = parser.parse_args(argv)
     flags = {f.name: getattr(a, f.name) for f in fields(Config) if getattr(a, f.name) is not None}
-    for name in ("data", "comparisons", "init", "encoding"):                    # a folder may be used from another
-        if os.path.exists(flags.get(name, "")):
+    for name in ("data", "comparisons", "init", "encoding"):
+        if os.path.exists(flags.get(name, "")):            # the folder may be used from another one later
             flags[name] = os.path.abspath(flags[name])
     if flags.get("init"):
         flags = {"n_head": 0, **flags}                     # as many as the file's width tells
     if a.smoke:
         flags = {"out": "out_smoke", **SMOKE, **flags}
-    known = remembered(a.source)[0] if a.source else {}
-    cfg = Config(**{**known, **remembered(flags.get("out", Config.out))[0], **flags})
-    check(cfg, a)
+    theirs = remembered(a.source)[0] if a.source else {}
+    cfg = Config(**{**theirs, **remembered(flags.get("out", Config.out))[0], **flags})
     wanted = set(a.stages or ["ppo", "ppo_ptx", "evaluate"])
     for stage in reversed(READS):                          # what a stage needs stands before it
         if stage in wanted and READS[stage][0]:
@@ -2166,73 +2163,66 @@ def parse(argv):
 
 def check(cfg, a):
     """UserError, by name, for what cannot work."""
-    at_least_one = ("n_layer n_embd block_size pretrain_batch sft_batch max_new_tokens rm_prompts rm_batch episodes "
-                    "minibatches test_prompts judges").split()
     for f in fields(Config):
-        value, least = getattr(cfg, f.name), int(f.name in at_least_one)
-        if type(value) is not type(f.default):
-            raise UserError(f"--{f.name}: must be {type(f.default).__name__}; met {value!r}")
-        if type(value) is not str and f.name != "unfinished_score" and not least <= value < 1e15:
-            raise UserError(f"--{f.name}: must be a number, {least} or more; met {value}")
-    talk = [name for name in a.stages if name in ("chat", "label")]
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if type(value) is not type(f.default) or type(value) is not str and not low <= value <= high:
+            raise UserError(f"--{f.name}: must be {type(f.default).__name__}, {low} to {high:g}; met {value}")
+    talk = {"chat", "label"} & {*a.stages}
+    heads = cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0
     for right, told in (
             (not talk or len(a.stages) == 1, "chat and label stand alone"),
-            (not a.models or talk == ["chat"], "--models goes with chat"),
+            (not a.models or talk == {"chat"}, "--models goes with chat"),
             (not talk or os.path.isdir(cfg.out), f"--out {cfg.out}: no such folder"),
             (not a.source or os.path.isdir(a.source), f"--from {a.source}: no such folder"),
-            (not a.source or os.path.realpath(a.source) != os.path.realpath(cfg.out), "--from must not be --out"),
-            (cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0, "--n_embd must be a multiple of --n_head"),
-            (2 <= cfg.k_min <= cfg.k_max, "--k_min must be 2 or more, and --k_max at least as many"),
-            (cfg.episodes >= cfg.minibatches, "--minibatches must be at most --episodes"),
-            (cfg.block_size >= cfg.max_new_tokens + 8, "--block_size must hold a prompt and --max_new_tokens"),
-            (max(cfg.sft_mix, cfg.sft_dropout, cfg.ema) < 1, "--sft_mix, --sft_dropout, --ema must be below 1"),
-            (cfg.lam <= 1, "--lam must be at most 1"), (cfg.temperature > 0, "--temperature must be above 0"),
-            (math.isfinite(cfg.unfinished_score), "--unfinished_score must be a number")):
+            (not a.source or not os.path.exists(cfg.out) or not os.path.samefile(a.source, cfg.out),
+             f"--from {a.source}: is --out; give another"),
+            (heads, f"--n_embd {cfg.n_embd}: must be a multiple of --n_head {cfg.n_head}"),
+            (cfg.k_min <= cfg.k_max, f"--k_max {cfg.k_max}: must be at least --k_min {cfg.k_min}"),
+            (cfg.episodes >= cfg.minibatches, f"--minibatches {cfg.minibatches}: must be at most --episodes"),
+            (cfg.block_size > cfg.max_new_tokens + 8, "--block_size must hold prompt and --max_new_tokens")):
         if not right:
             raise UserError(told)
 
 
 def check_files(cfg, wanted, data):
     """UserError if a wanted stage needs a file of --data that is not there."""
-    corpus, pairs = data.corpus, data.rm_prompts if data.world else data.comparisons
+    corpus, ranked = data.corpus, data.rm_prompts if data.world else data.comparisons
     for stages, name, there in (
-            (["pretrain"], "pretrain.txt", corpus or cfg.init), (["sft"], "sft_train.jsonl", data.demos),
-            (["sft"], "pretrain.txt", corpus or not cfg.sft_mix), (["ppo_ptx", "reinforce"], "pretrain.txt", corpus),
-            (["collect"], "rm_train.jsonl" if data.world else "comparisons.jsonl", pairs),
-            (["ppo", "ppo_ptx", "reinforce"], "ppo_train.jsonl", data.rl_prompts),
-            (["evaluate"], "test.jsonl", data.tests)):
-        if wanted & set(stages) and not there:
-            raise UserError(f"{os.path.join(data.folder, name)}: must be there for {', '.join(wanted & set(stages))} "
-                            "(pretrain.txt can be done without: --init FILE --sft_mix 0, and ppo alone)")
-
-
-def train(cfg, a, wanted, data, device):
-    """Checks everything, then runs the stages."""
-    check_files(cfg, wanted, data)
-    rival = finished(replace(cfg, out=a.rival), "pretrain", device) if a.rival else None
-    if rival and (rival.config.vocab_size != data.enc.n_vocab or rival.config.block_size < cfg.block_size):
-        raise UserError(f"--rival {a.rival}: must have this run's vocabulary, and its --block_size or more")
-    accept(cfg, data.files, a.source)
-    other = [f"{name} {x}" for name, x in asdict(cfg).items() if x != getattr(Config, name) and name != "out"]
-    print(f"{cfg.out}: " + (", ".join(other) or "all settings have their defaults"))
-    run(cfg, wanted, data, device, rival)
+            ({"pretrain"}, "pretrain.txt", corpus or cfg.init), ({"sft"}, "sft_train.jsonl", data.demos),
+            ({"sft"}, "pretrain.txt", corpus or not cfg.sft_mix),
+            ({"ppo_ptx", "reinforce"}, "pretrain.txt", corpus),
+            ({"collect"}, "rm_train.jsonl" if data.world else "comparisons.jsonl", ranked),
+            ({"ppo", "ppo_ptx", "reinforce"}, "ppo_train.jsonl", data.rl_prompts),
+            ({"evaluate"}, "test.jsonl", data.tests)):
+        if wanted & stages and not there:
+            raise UserError(f"{data.path(name)}: must be there for {', '.join(wanted & stages)} (without "
+                            "pretrain.txt: --init FILE --sft_mix 0, and ppo alone)")
 
 
 def main(argv=None):
     """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake; 130 after Ctrl-C."""
     code = 2
     try:
-        if hasattr(sys.stdout, "reconfigure"):             # what a screen that is not UTF-8 cannot show becomes ?
+        if hasattr(sys.stdout, "reconfigure"):             # what a screen cannot show becomes ?
             sys.stdout.reconfigure(errors="replace")
-        torch.set_flush_denormal(True)                     # peaked softmaxes are full of denormals, slow on a CPU
+        torch.set_flush_denormal(True)                     # peaked softmaxes are full of denormals, and slow
         a, cfg, wanted = parse(argv)
+        check(cfg, a)
         device, data = find_device(cfg.device), Data(cfg)
         if a.stages == ["chat"]:
             chat(cfg, data, device, a.models)
         elif a.stages == ["label"]:
             label(cfg, data, device)
         else:
-            train(cfg, a, wanted, data, device)
+            check_files(cfg, wanted, data)
+            rival = finished(replace(cfg, out=a.rival), "pretrain", device) if a.rival else None
+            words, room = (len(rival.wte.weight), len(rival.wpe.weight)) if rival else (data.enc.n_vocab, 1e9)
+            if words != data.enc.n_vocab or room < cfg.block_size:
+                raise UserError(f"--rival {a.rival}: must have this run's vocabulary and --block_size")
+            accept(cfg, data.files, a.source)
+            other = [f"{name} {x}" for name, x in asdict(cfg).items() if x != getattr(Config, name)]
+            print(f"{cfg.out}: settings that are not the defaults: {', '.join(other) or 'none'}")
+            run(cfg, wanted, data, device, rival)
         return 0
     except UserError as e:
         told = str(e)
@@ -2243,7 +2233,7 @@ def main(argv=None):
     except RuntimeError as e:                              # torch.OutOfMemoryError is one too
         if "memory" not in str(e):
             raise
-        told = f"out of memory: raise --minibatches, or lower --episodes, --sft_batch, --rm_batch ({str(e)[:60]})"
+        told = f"out of memory: raise --minibatches, or lower --episodes, --sft_batch, --rm_batch ({e!s:.60})"
     print(f"instructgpt.py: {told}", file=sys.stderr)
     return code
 
