@@ -817,16 +817,17 @@ def pretrain(cfg, enc, corpus, device):
 # response tokens count. Pretraining rows are mixed in against forgetting.
 
 
-def sft(cfg, gpt, demos, corpus):
-    """demos: list of (prompt ids, response ids). The SFT model: baseline, start of RL and KL reference."""
+def sft(cfg, stage, gpt, demos, corpus):
+    """demos: list of (prompt ids, response ids). The SFT model: baseline, start of RL and KL reference. On
+    answers to public tasks the same makes FLAN, the paper's other baseline."""
     model = copy_of(gpt, dropout=cfg.sft_dropout).train()
     device, optimizer = model.wte.weight.device, adamw(model, cfg.sft_lr)
     mixed = math.ceil(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))          # pretraining rows per step
     lengths = [len(x) + len(y) for x, y in demos]
-    plan = batches(lengths, cfg.sft_batch, cfg.sft_epochs, seed(cfg, "sft", "plan"))
-    steps = Steps(cfg, "sft", len(plan), model=model, optimizer=optimizer)
+    plan = batches(lengths, cfg.sft_batch, cfg.sft_epochs, seed(cfg, stage, "plan"))
+    steps = Steps(cfg, stage, len(plan), model=model, optimizer=optimizer)
     for step in steps:
-        generator = seed(cfg, "sft", step)
+        generator = seed(cfg, stage, step)
         prompts, responses = zip(*[demos[i] for i in plan[step]])
         tokens, mask, _ = stack(prompts, responses, device)                     # (B,T), (B,T-1)
         loss = lm_loss(model, tokens, mask)
@@ -871,15 +872,15 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
     return answers
 
 
-def collect(cfg, enc, policy, prompts, label):
+def collect(cfg, stage, enc, policy, prompts, label):
     """Comparisons: K responses to each prompt, ranked. prompts: dicts with "prompt" and "split"; `label` is
     who ranks: it gets a list of comparisons and gives each its "ranks" (data/toyworld.py's labelers do, and
     add a second labeler's opinion on validation prompts, to measure how well people agree)."""
     size, comparisons = 512, []
-    steps = Steps(cfg, "collect", math.ceil(len(prompts) / size))
+    steps = Steps(cfg, stage, math.ceil(len(prompts) / size))
     for step in steps:
-        generator = seed(cfg, "collect", step, policy.wte.weight.device)
-        rng = random.Random(f"{cfg.seed} collect {step}")
+        generator = seed(cfg, stage, step, policy.wte.weight.device)
+        rng = random.Random(f"{cfg.seed} {stage} {step}")
         batch = [{**p, "responses": [], "ended": []} for p in prompts[step * size:][:size]]
         asked = [c for c in batch for _ in range(rng.randint(cfg.k_min, cfg.k_max))]           # each K times
         ids = [encode_prompt(enc, c["prompt"]) for c in asked]
@@ -1142,6 +1143,7 @@ def ledger(cfg, enc, e):
 # ------------------------------------------------------------------------------------------------------------
 # Neighbours: not in the paper, on the same data, with the same beta. REINFORCE stands in the loop of PPO-ptx,
 # its mix included. DPO and KTO need neither a reward model nor a rollout: they learn from the comparisons.
+# RLAIF is the paper's method with a model as the labeler.
 
 
 def reinforce(rewards, values, mask, *_):
@@ -1254,14 +1256,37 @@ def train_kto(cfg, enc, sft_model, comparisons):
     return freeze(policy)
 
 
+@torch.no_grad()
+def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
+    """RLAIF (Bai et al. 2022, Lee et al. 2023): the same answers, ranked by GPT, which nobody taught what is
+    good. But it has read good and rude pages, so it knows which answer belongs on which:
+
+        score = log p(y | good page, x) - 1/2 log p(y | rude page, x) - 1/2 log p(y)
+
+    The last term takes away what is likely anyway. A long prompt loses the beginning of its page."""
+    room, size, ranked = cfg.block_size - cfg.max_new_tokens, 256, []
+    steps = Steps(cfg, "judged", math.ceil(len(comparisons) / size))
+    for step in steps:
+        for c in comparisons[step * size:][:size]:
+            x, answers, _ = encode_comparison(enc, c, cfg.max_new_tokens)
+            good, rude = [enc.encode_ordinary(probes[page]) + x for page in ("good page", "rude page")]
+            scores = 0
+            for prompt, weight in ((good, 1), (rude, -0.5), (encode_prompt(enc, ""), -0.5)):
+                scores = scores + weight * response_logprobs(gpt, [prompt[-room:]] * len(answers), answers)    # (K,)
+            ranks = 1 + (scores > scores[:, None]).sum(1)                       # (K,) 1 + how many are better
+            ranked.append({**c, "ranks": ranks.tolist(), "labeler": "GPT"})
+        steps.log(prompts=len(ranked))
+    return ranked
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation (section 4). Every model answers the same prompts with the same random numbers. Shares are 0..1.
 # What labelers and checker say is the toy world's business (report() in data/toyworld.py); here stands what
 # can be measured with any data, and what needs the model itself.
 
 # name in the results -> stage
-MODELS = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx", "REINFORCE": "reinforce",
-          "DPO": "dpo", "KTO": "kto"}
+MODELS = {"GPT": "pretrain", "FLAN": "flan", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx",
+          "REINFORCE": "reinforce", "DPO": "dpo", "KTO": "kto", "RLAIF": "rlaif"}
 BASE_MODELS = ("GPT", "GPT (prompted)", "rival GPT")       # their answers run on, and are cut at a newline
 
 
@@ -1361,12 +1386,12 @@ def few_shot(model, enc, items):
 
 
 @torch.no_grad()
-def corpus_loss(model, corpus, block_size):
-    """Held-out pretraining loss, nats per token, on the same 512 rows for every model."""
+def corpus_losses(model, corpus, block_size):
+    """Held-out pretraining loss, nats per token, of 512 rows, the same for every model."""
     device, generator = model.wte.weight.device, torch.Generator().manual_seed(0)
     rows = corpus_batch(corpus, 512, block_size, generator, device)             # (512,block)
     parts = rows.split(max(1, tokens_at_once(device) // block_size))
-    return sum(lm_loss(model, part).item() * len(part) for part in parts) / len(rows)
+    return torch.cat([-token_logprobs(model, part).mean(1) for part in parts]).tolist()
 
 
 def question(cfg, data, name, model, sets):
@@ -1397,15 +1422,16 @@ def half_width(x):
     return 1.96 * math.sqrt(mean([(v - middle) ** 2 for v in x]) / max(1, len(x)))
 
 
-def measure(cfg, data, model, reference, reward_model, sets, answers, opponents):
+def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, opponents):
     """All numbers of a model: means over prompts, in ci95 their half-widths, and a few that are no means."""
     mine, prompts = answers["tests"], [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
     k3, k1 = kl_of(reference, prompts, mine)
     lists = {"reward": scores_of(cfg, reward_model, prompts, mine), "kl": k3, "kl_k1": k1,
              "length": [len(answer.ids) for answer in mine], "ended": [answer.ended for answer in mine]}
     other = {"parameters": sum(p.numel() for p in model.parameters())}
-    if data.corpus_valid:
-        other["pretrain_loss"] = corpus_loss(model, data.corpus_valid, cfg.block_size)
+    if data.corpus_valid:                                  # the alignment tax: the rise over GPT
+        losses = [corpus_losses(m, data.corpus_valid, cfg.block_size) for m in (model, gpt)]
+        lists.update(pretrain_loss=losses[0], tax=[mine - its for mine, its in zip(*losses)])
     if data.world:
         said = {which: plain(given) for which, given in answers.items()}
         lists.update(data.world.report(sets, said, opponents, cfg.judges, cfg.seed))
@@ -1422,17 +1448,22 @@ def evaluate(cfg, data, models, reward_model, comparisons):
     """models: {name in the results: GPT}, comparisons: held-out ones -> (what results.json says of the reward
     model and the models, {model: {set: Answers}})."""
     judged = judge_reward_model(cfg, data.enc, reward_model, comparisons)
+    if data.world and "PPO-ptx" in models:
+        # PPO uses the reward model up: among the policy's answers it sees hardly a difference any more.
+        prompts = [p for p in data.rm_prompts if p["split"] == "valid"][:300]
+        new = collect(cfg, "again", data.enc, models["PPO-ptx"], prompts, data.world.label_comparisons)
+        again = judge_reward_model(cfg, data.enc, reward_model, new)
+        judged["gold_accuracy_ppo_ptx"] = again["gold_accuracy"]
     sets = data.world.question_sets(data.tests, data.probes) if data.world else {"tests": data.tests}
     answers, results, steps = {}, {}, Steps(cfg, "evaluate", len(models))
     for _, name in zip(steps, models):
         answers[name] = question(cfg, data, name, models[name], sets)
         steps.log(answers=sum(map(len, answers[name].values())))
-    opponents = {"sft": "SFT", "gpt": "GPT", "rival": "rival GPT"}
+    opponents = {"sft": "SFT", "gpt": "GPT", "prompted": "GPT (prompted)", "flan": "FLAN", "rival": "rival GPT"}
     opponents = {key: plain(answers[name]["tests"]) for key, name in opponents.items() if name in answers}
     for name, model in models.items():
-        results[name] = measure(cfg, data, model, models["SFT"], reward_model, sets, answers[name], opponents)
-        if data.corpus_valid:                              # the alignment tax: the rise over GPT
-            results[name]["tax"] = results[name]["pretrain_loss"] - results["GPT"]["pretrain_loss"]
+        results[name] = measure(cfg, data, model, models["GPT"], models["SFT"], reward_model, sets,
+                                answers[name], opponents)
     return {"reward_model": judged, "models": results}, answers
 
 
@@ -1713,12 +1744,12 @@ class Data:
         self.enc = enc = find_encoding(cfg.encoding or self.path("vocab.tiktoken"))
         self.remember("vocab.tiktoken", repr(enc.decode_tokens_bytes(range(enc.n_vocab))).encode())
         self.world = module_at(self.path("toyworld.py"))                        # None: your own data
-        self.probes = json.loads(self.text("probes.json")) if self.world else None
+        self.probes = json.loads(self.text("probes.json")) if self.world else {}
         if cfg.init:
             with reading(cfg.init, "a file of GPT-2 weights"):
                 self.remember("init", np.memmap(cfg.init, mode="r"))
         demos, n = self.rows("sft_train.jsonl", "demonstration"), cfg.rm_prompts
-        self.demos = [(encode_prompt(enc, d["prompt"]), encode_response(enc, *d["responses"])) for d in demos]
+        self.demos, self.public = self.pairs(demos), self.pairs(self.rows("flan_train.jsonl", "demonstration"))
         self.rm_prompts = [{**p, "split": "train"} for p in self.rows("rm_train.jsonl", "prompt")[:n]]
         valid = self.rows("rm_valid.jsonl", "prompt")[:max(10, n // 10)]
         self.rm_prompts += [{**p, "split": "valid"} for p in valid]
@@ -1757,6 +1788,10 @@ class Data:
         text = self.text(name)
         return read_rows(self.cfg, self.enc, self.path(name), text, kind, self.world) if text else []
 
+    def pairs(self, rows):
+        """Demonstrations as ids: (prompt, response)."""
+        return [(encode_prompt(self.enc, d["prompt"]), encode_response(self.enc, *d["responses"])) for d in rows]
+
     def read_corpus(self, name):
         """Tokens and starts of a text."""
         text = self.text(name)
@@ -1780,12 +1815,14 @@ class Data:
 # What a folder remembers. A finished stage is stale if what it read is not the same any more: its settings,
 # and the text of its files. This table says which stage needs which other one, and what it reads besides.
 
+SFT_READS = "sft_epochs sft_batch sft_lr sft_dropout sft_mix max_new_tokens"
 PPO_READS = ("iterations episodes minibatches policy_lr value_lr warmup beta cliprange value_clip lam "
              "temperature ema unfinished_score")
 READS = {                                        # stage: (needs, settings, files)
     "pretrain": (None, "seed n_layer n_head n_embd block_size pretrain_steps pretrain_batch pretrain_lr",
                  "vocab.tiktoken pretrain.txt init"),
-    "sft": ("pretrain", "sft_epochs sft_batch sft_lr sft_dropout sft_mix max_new_tokens", "sft_train.jsonl"),
+    "sft": ("pretrain", SFT_READS, "sft_train.jsonl"),
+    "flan": ("pretrain", SFT_READS, "flan_train.jsonl"),
     "collect": ("sft", "rm_prompts k_min k_max", "rm_train.jsonl rm_valid.jsonl"),
     "rm": ("collect", "rm_epochs rm_batch rm_lr", "comparisons.jsonl"),
     "ppo": ("rm", PPO_READS, "ppo_train.jsonl"),
@@ -1793,6 +1830,9 @@ READS = {                                        # stage: (needs, settings, file
     "reinforce": ("rm", PPO_READS + " ptx_coef ptx_rows", "ppo_train.jsonl"),
     "dpo": ("collect", "rm_batch beta policy_lr", "comparisons.jsonl"),
     "kto": ("collect", "rm_batch beta policy_lr", "comparisons.jsonl"),
+    "judged": ("collect", "", "probes.json"),
+    "rm_rlaif": ("judged", "rm_epochs rm_batch rm_lr", ""),
+    "rlaif": ("rm_rlaif", PPO_READS + " ptx_coef ptx_rows", "ppo_train.jsonl"),
     "evaluate": ("rm", "", "")}
 
 
@@ -2065,45 +2105,61 @@ def run(cfg, wanted, data, device, rival):
         gpt = job.stage("pretrain", start_from_gpt2, enc, device)
     else:
         gpt = job.stage("pretrain", pretrain, enc, data.corpus, device)
-    sft_model = job.stage("sft", sft, gpt, data.demos, data.corpus)
+    sft_model = job.stage("sft", sft, "sft", gpt, data.demos, data.corpus)
+    flan = job.stage("flan", sft, "flan", gpt, data.public, data.corpus) if data.public else None
     # Step 2: labelers compare its answers, and a reward model learns from them
     comparisons, export = None, os.path.join(cfg.out, "comparisons.jsonl")
     if world:
-        comparisons = job.stage("collect", collect, enc, sft_model, data.rm_prompts, world.label_comparisons)
+        comparisons = job.stage("collect", collect, "collect", enc, sft_model, data.rm_prompts,
+                                world.label_comparisons)
     if comparisons and not os.path.exists(export):
         save(export, json_lines(comparisons))              # to be read by people: the run has its checkpoint
     comparisons = comparisons or []
     if data.comparisons:                                   # yours, in place of the labelers' to learn from
         comparisons = data.comparisons + [c for c in comparisons if c["split"] == "valid"]
     train = [c for c in comparisons if c["split"] == "train"]
+    valid = [c for c in comparisons if c["split"] == "valid"]
     reward_model = job.stage("rm", train_reward_model, "rm", enc, sft_model, train, data.demos)
+    if reward_model:
+        good = judge_reward_model(cfg, enc, reward_model, valid)
+        print("reward model: right on " + ", ".join(f"{x:.2f} ({k})" for k, x in good.items() if type(x) is float))
     # Step 3: PPO against the reward model, without and with the pretraining mix; and the neighbours
     given = enc, sft_model, reward_model, data.rl_prompts
-    models = {"GPT": gpt, "GPT (prompted)": gpt if world else None, "SFT": sft_model,
+    models = {"GPT": gpt, "GPT (prompted)": gpt if world else None, "FLAN": flan, "SFT": sft_model,
               "PPO": job.stage("ppo", ppo, "ppo", *given, None, world),
               "PPO-ptx": job.stage("ppo_ptx", ppo, "ppo_ptx", *given, data.corpus, world),
               "REINFORCE": job.stage("reinforce", ppo, "reinforce", *given, data.corpus, world, reinforce),
               "DPO": job.stage("dpo", train_dpo, enc, sft_model, train),
-              "KTO": job.stage("kto", train_kto, enc, sft_model, train), "rival GPT": rival}
+              "KTO": job.stage("kto", train_kto, enc, sft_model, train)}
+    if world:                                              # RLAIF: another labeler, the rest is the same
+        judged = job.stage("judged", rank_by_gpt, enc, gpt, train, data.probes)
+        rm_rlaif = job.stage("rm_rlaif", train_reward_model, "rm_rlaif", enc, sft_model, judged, data.demos)
+        given = enc, sft_model, rm_rlaif, data.rl_prompts
+        models["RLAIF"] = job.stage("rlaif", ppo, "rlaif", *given, data.corpus, world)
+    models["rival GPT"] = rival
     if "evaluate" in wanted:
         begun, models = time.time(), {name: model for name, model in models.items() if model is not None}
-        valid = [c for c in comparisons if c["split"] == "valid"]
         results, answers = evaluate(cfg, data, models, reward_model, valid)
         job.seconds["evaluate"] = time.time() - begun
-        report(cfg, job.seconds, gpt, results, samples(data, answers))
+        report(cfg, job.seconds, gpt, results, samples(data, answers), world)
 
 
-def report(cfg, seconds, gpt, results, shown):
+def report(cfg, seconds, gpt, results, shown, world):
     """Writes results.json, samples.txt and picture.svg; prints samples and table."""
     seconds = {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()}
     config = {**asdict(cfg), **asdict(gpt.config), "block_size": cfg.block_size, "torch": torch.__version__,
               "device": str(gpt.wte.weight.device), "threads": torch.get_num_threads()}
-    text = json.dumps({"config": config, "seconds": seconds, **results}, indent=1)
+    results = {"config": config, "seconds": seconds, **results}
+    if world:
+        results["claims"] = world.claims(results)
+    text = json.dumps(results, indent=1)
     save(os.path.join(cfg.out, "results.json"), text + "\n")
     save(os.path.join(cfg.out, "samples.txt"), shown + "\n")
     print(f"\n{shown}\n\n{table(results['models'])}\n\nReward model on held-out comparisons:")
     print(", ".join(f"{name} {x:.3f}" for name, x in results["reward_model"].items() if type(x) is float))
-    if "gold" not in results["models"]["SFT"]:
+    if world:
+        print("\n" + world.claims_table(results["claims"]))
+    else:
         print("Nobody knows the true quality here. The reward was optimised, so it rose: read the samples.")
     picture = module_at(os.path.join(HERE, "picture.py"))
     print("\n".join(picture.draw(cfg.out) if picture else []))
@@ -2154,7 +2210,7 @@ def parse(argv):
         flags = {"out": "out_smoke", **SMOKE, **flags}
     theirs = remembered(a.source)[0] if a.source else {}
     cfg = Config(**{**theirs, **remembered(flags.get("out", Config.out))[0], **flags})
-    wanted = set(a.stages or ["ppo", "ppo_ptx", "evaluate"])
+    wanted = set(a.stages or ["flan", "ppo", "ppo_ptx", "evaluate"])
     for stage in reversed(READS):                          # what a stage needs stands before it
         if stage in wanted and READS[stage][0]:
             wanted.add(READS[stage][0])
