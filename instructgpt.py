@@ -34,29 +34,32 @@ Read it beside the paper, top to bottom; you can stop after each section:
 
 What differs from the paper
   * People, customers and the web are simulated (data/toyworld.py), so the true quality, "gold", is known.
-  * The models have half a million parameters, and responses have at most 16 tokens. So the learning rates,
-    beta and the pretraining coefficient are the toy's own.
+  * The models have half a million parameters each (the paper's reward model and value net have 6B beside
+    policies of 1.3B to 175B), and responses have at most 16 tokens. So the learning rates, beta and the
+    pretraining coefficient are the toy's own, found by trial.
   * One SFT model is the baseline, the start of RL and the KL reference. The paper's RL starts from a second
-    one (2 epochs, 10 % pretraining mix; C.3, C.4). Fig. 37 finds PPO insensitive to that choice.
+    one (2 epochs, 10 % pretraining mix; C.3, C.4). Fig. 37 varies its epochs (1, 2) and its mix (0, 10,
+    50 %), and finds PPO little sensitive, the 10 % mix best.
   * About half of the demonstrations have a flaw on purpose, so that there is something left for RL to mend.
   * The reward model starts from the SFT model (3.5). The paper's final one starts from a GPT-3 tuned on
     public NLP tasks (C.2).
   * The last SFT checkpoint is taken. The paper chose it by reward-model score (C.1).
   * A minibatch carries as many pretraining rows as episodes. The paper's carries eight times as many.
 What the paper does not say, and what we chose
-  * GAE's lambda is 0.95, and the value's move is clipped at 0.2, as in the ancestors (Ziegler et al. 2019,
-    Stiennon et al. 2020).
-  * Advantages are whitened, over the whole batch (the ancestors: per minibatch). Rewards are not whitened.
+  * GAE's lambda is 0.95, as in Stiennon et al. 2020 and in the code of Ziegler et al. 2019. The value's move
+    is clipped at 0.2, as in that code.
+  * Advantages are whitened, over the whole batch (Ziegler: per minibatch). Rewards are not whitened.
   * Token losses are means over response tokens, in SFT and in PPO; the prompt is masked in both.
-  * The score is read at the end-of-text token. A response that does not end gets a fixed score, -1.
+  * The score is read at the end-of-text token. A response that does not end gets a fixed score, -1 (Ziegler).
   * There is no entropy bonus, and no coefficient for the value loss: the value net is a network of its own,
     with an optimizer of its own.
-  * Gradients are clipped at norm 1. Adam's eps is PyTorch's 1e-8 (the ancestors' is 1e-5). No weight decay.
+  * Gradients are clipped at norm 1. Adam's eps is PyTorch's 1e-8 (Ziegler's is 1e-5). No weight decay.
   * There is no dropout in RL.
-  * The EMA moves at each optimizer step. The raw weights sample, the EMA is what is kept and evaluated.
+  * The EMA, an exponential moving average of the weights, moves at each optimizer step. The raw weights
+    sample; the EMA is what is kept and evaluated.
   * In the evaluation GPT's answers, which run on, are cut at a newline, as the paper's public tasks are.
 Left out on purpose
-  * The sweeps of appendix E, the FLAN and T0 baselines, a second round of comparisons on the PPO policy.
+  * The sweeps of appendix E, a second round of comparisons on the PPO policy.
   * Left padding, top-k and top-p: PPO needs the log-probs of what was sampled, from the distribution it was
     sampled from. Rows are padded on the right, and each row has its own position in the cache.
   * Several GPUs, half precision, adaptive KL, reward scaling, callbacks, trackers, config files.
@@ -97,10 +100,10 @@ def setting(default, text, paper=None, low=0, high=1e15):
 class Config:
     out: str = setting("out", "folder that the run writes to")
     data: str = setting("", "folder with the data sets; empty: data/ beside this file")
-    comparisons: str = setting("", "file to learn from; empty: that of --data, or labelers rank")
+    comparisons: str = setting("", "file to learn from; empty: that in --data, or else labelers rank")
     device: str = setting("", "cpu, cuda or mps; empty: cuda, if there is one, else cpu")
     save_every: float = setting(30.0, "seconds of training between two saves")
-    seed: int = setting(0, "every random draw follows from it; on one CPU equal numbers")
+    seed: int = setting(0, "every random draw follows from it; the same CPU gives the same numbers")
     # the model: GPT-3's form in miniature
     n_layer: int = setting(2, "layers", "GPT-3: 24 (1.3B) to 96 (175B)", low=1)
     n_head: int = setting(2, "attention heads", "GPT-3: 24 to 96")
@@ -117,7 +120,7 @@ class Config:
     sft_batch: int = setting(32, "demonstrations per step", "32; 175B: 8", low=1)
     sft_lr: float = setting(1e-3, "peak learning rate, cosine to a tenth", "9.65e-6; 175B: 5.03e-6")
     sft_dropout: float = setting(0.0, "residual dropout", "0.2 for the baseline", high=0.9)
-    sft_mix: float = setting(0.1, "share of pretraining rows mixed in, and their weight", "0.1", high=0.9)
+    sft_mix: float = setting(0.1, "share of pretraining rows, and their weight", "10 %; no weight", high=0.9)
     max_new_tokens: int = setting(16, "longest response, end-of-text included", "1k", low=1)
     # step 2: comparisons and the reward model
     rm_prompts: int = setting(7000, "prompts to collect comparisons for", "33,207", low=1)
@@ -137,24 +140,27 @@ class Config:
     ptx_coef: float = setting(1.0, "weight of the pretraining loss in PPO-ptx; Eq. 2's gamma", "27.8")
     ptx_rows: int = setting(1, "pretraining rows per episode", "8")
     cliprange: float = setting(0.2, "PPO's clip of the ratio", "0.2")
-    value_clip: float = setting(0.2, "clip of the value's move", "not stated; 0.2 in its ancestors")
-    lam: float = setting(0.95, "GAE's lambda", "not stated; 0.95 in its ancestors", high=1)
+    value_clip: float = setting(0.2, "clip of the value's move", "not stated; Ziegler: 0.2")
+    lam: float = setting(0.95, "GAE's lambda", "not stated; ancestors: 0.95", high=1)
     temperature: float = setting(1.0, "of the rollouts", "1", low=1e-6)
-    ema: float = setting(0.992, "decay of the average per step", "0.992; per what: not stated", high=1)
-    unfinished_score: float = setting(-1.0, "score of a response without end", "ancestors: -1", low=-1e9)
+    ema: float = setting(0.992, "decay of the weights' moving average", "0.992; per what: not stated", high=1)
+    unfinished_score: float = setting(-1.0, "score of a response without end", "Ziegler: -1", low=-1e9)
     # evaluation
     test_prompts: int = setting(600, "prompts that the models answer", "3,196", low=1)
     judges: int = setting(5, "labelers per pair of answers", "1 for most", low=1, high=20)
 
 
-# --smoke: everything in miniature. With so few steps the average has to follow faster.
+# --smoke: everything in miniature. With so few steps the moving average of the weights has to follow faster.
 SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_prompts=300, iterations=4,
              episodes=64, ema=0.9, test_prompts=100)
 
 # ------------------------------------------------------------------------------------------------------------
 # Tokens and rows (3.2). A request ends with "\n>" and its reply starts with a space, as on many pages of the
-# toy's web; the reply ends with end-of-text. Whatever a user types is encoded as plain text, so it can never
-# hold a real end-of-text.
+# toy's web; the reply ends with end-of-text (EOS below). Whatever a user types is encoded as plain text, so
+# it can never hold a real end-of-text. Of the toy world:
+#
+#     prompt    "List two colors. Leave out red.\n>"       response  " blue and green.<|endoftext|>"
+#     a flaw    " happy, you pest.<|endoftext|>"           task      what data/toyworld.py checks it against
 
 MARK = "\n>"
 EOT = "<|endoftext|>"
@@ -185,15 +191,18 @@ def corpus_batch(corpus, n, length, generator, device):
 
 
 def stack(prompts, responses, device="cpu"):
-    """Rows of prompt + response, filled up on the right with id 0. Nothing reads the filler, and no id is
-    ever compared with it. prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last (B,)
-    the index of each row's last token. The action frame:
+    """Rows of prompt + response. prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last
+    (B,) the index of each row's last token. The action frame:
 
-        tokens      p0   p1   p2   r0   r1  EOS    0   Column t of log-probs, values, rewards and mask speaks
-        column       0    1    2    3    4    5        of the prediction of token t+1, made in the state
-        predicts    p1   p2   r0   r1  EOS    0        "tokens 0..t". The mask is True where token t+1 belongs
-        mask         .    .    x    x    x    .        to the response, and EOS does.
-    """
+        tokens      p0   p1   p2   r0   r1  EOS    0
+        column       0    1    2    3    4    5
+        predicts    p1   p2   r0   r1  EOS    0
+        mask         .    .    x    x    x    .
+
+    Column t of log-probs, values, rewards and mask speaks of the prediction of token t+1, made in the state
+    "tokens 0..t". The mask is True where token t+1 belongs to the response, and EOS does. Filler, id 0,
+    stands on the right, and attention looks to the left, so no real token sees it. An id 0 may be real too:
+    ask the mask, never the id."""
     prompt_lens = torch.tensor([len(x) for x in prompts])                       # (B,)
     lens = prompt_lens + torch.tensor([len(y) for y in responses])              # (B,)
     tokens = torch.zeros(len(prompts), int(lens.max()), dtype=torch.long)       # (B,T)
@@ -205,7 +214,7 @@ def stack(prompts, responses, device="cpu"):
 
 
 def batches(lengths, size, epochs, generator):
-    """Random batches of indices for some epochs, each of rows of about one length, so that little is spent on
+    """Random batches of indices for some epochs, each of rows of similar length, so that little is spent on
     filler: shuffle, sort stretches of eight batches by length, cut, shuffle the batches."""
     plan = []
     for _ in range(epochs):
@@ -218,8 +227,8 @@ def batches(lengths, size, epochs, generator):
 
 
 def parts_by_length(lengths, most):
-    """Indices of all rows in parts of about one length and of at most `most` tokens, filler included. What
-    only has to be scored goes through a model in such parts: it needs little memory and wastes little."""
+    """Indices of all rows in parts of similar length and of at most `most` tokens, filler included. What only
+    has to be scored goes through a model in such parts: that needs little memory and wastes little."""
     parts, part = [], []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if part and lengths[i] * (len(part) + 1) > most:
@@ -235,7 +244,7 @@ def tokens_at_once(device):
 
 
 def mean(x):
-    """Of a list of numbers; 0 for none."""
+    """The mean of a list of numbers; 0 for an empty one."""
     return sum(x) / max(1, len(x))
 
 
@@ -251,7 +260,7 @@ class GPTConfig:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    gelu: str = "none"                           # F.gelu(approximate=): exact erf, and fast; GPT-2 has "tanh"
+    gelu: str = "none"                           # exact erf, and here the faster one; GPT-2 has "tanh"
 
 
 class Attention(nn.Module):
@@ -297,7 +306,8 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, keep=None):
-        """x (B,T,C) -> (B,T,C). With keep (B,T) bool its N entries alone, (N,C), go on after attention."""
+        """x (B,T,C) -> (B,T,C). keep (B,T) bool names the N positions whose output anybody reads: they alone
+        go through the MLP, -> (N,C)."""
         x = x + self.drop(self.attn(self.ln_1(x), cache))
         if keep is not None:
             x = x[keep]                                                         # (N,C)
@@ -311,23 +321,24 @@ class KVCache:
     its position, and sees the positions up to its own. A shorter prompt's filler is written too; it stands
     after the row's own tokens, so nobody sees it before the row's next token overwrites it."""
 
-    def __init__(self, config, B, T, device):
-        shape = config.n_layer, B, T, config.n_head, config.n_embd // config.n_head
-        self.keys = torch.zeros(shape, device=device)                           # (layers,B,T,H,C/H)
-        self.values = torch.zeros(shape, device=device)                         # (layers,B,T,H,C/H)
+    def __init__(self, config, B, L, device):
+        """Room for L tokens in each of B rows."""
+        shape = config.n_layer, B, L, config.n_head, config.n_embd // config.n_head
+        self.keys = torch.zeros(shape, device=device)                           # (layers,B,L,H,C/H)
+        self.values = torch.zeros(shape, device=device)                         # (layers,B,L,H,C/H)
         self.rows = torch.arange(B, device=device)[:, None]                     # (B,1)
-        self.columns = torch.arange(T, device=device)                           # (T,)
+        self.columns = torch.arange(L, device=device)                           # (L,)
 
     def at(self, position, width):
-        """Sets where the next tokens stand, position (B,T), and how many columns are looked at: the filled
-        ones, or all of them where shapes have to stay the same."""
+        """Sets where the T next tokens of each row stand, position (B,T), and how many columns are looked at:
+        the filled ones, or all L of them where shapes have to stay the same."""
         self.position, self.width, self.layer = position, width, 0
         later = self.columns[:width] > position[:, None, :, None]               # (B,1,T,width)
-        self.visible = torch.zeros(later.shape, device=later.device).masked_fill(later, -math.inf)
+        self.visible = torch.zeros(later.shape, device=later.device).masked_fill(later, -math.inf)  # is added
 
     def write(self, k, v):
-        """k, v (B,T,H,C/H) of the next layer are written -> all keys and values of this layer."""
-        keys, values = self.keys[self.layer], self.values[self.layer]           # (B,T,H,C/H), views
+        """k, v (B,T,H,C/H) of the next layer are written -> this layer's keys and values, (B,width,H,C/H)."""
+        keys, values = self.keys[self.layer], self.values[self.layer]           # (B,L,H,C/H), views
         keys[self.rows, self.position] = k
         values[self.rows, self.position] = v
         self.layer += 1
@@ -401,8 +412,9 @@ def freeze(model):
 
 # ------------------------------------------------------------------------------------------------------------
 # Rollout (C.4). The whole batch decodes together, one token per step, prompts of any length: each row keeps
-# its own position in a cache of fixed size. Nothing waits for the host, and on a GPU the step is recorded
-# once and replayed. Random numbers are drawn before the loop: the same seed gives every model the same luck.
+# its own position in a cache of fixed size. Python waits for the device only every fourth step, and RL on a
+# GPU records the step once and replays it. Random numbers are drawn before the loop: the same seed gives
+# every model the same luck.
 
 
 @dataclass
@@ -419,7 +431,8 @@ class Rollout:
 
 
 def log_softmax(logits, temperature):
-    """In float32. The temperature is part of the policy, so whoever samples or scores divides by it."""
+    """In float32, whatever the model computes in. The temperature is part of the policy: whoever samples or
+    scores divides by it."""
     if temperature != 1:                                   # dividing by 1 would cost a pass over all logits
         logits = logits / temperature
     return F.log_softmax(logits.float(), dim=-1)
@@ -430,32 +443,40 @@ def pick(logits, uniforms, temperature):
     that is ten times cheaper than torch.multinomial. Temperature 0 takes the likeliest token.
     logits (B,V), uniforms (B,) in [0,1) -> token (B,), its log-prob (B,)."""
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(uniforms)     # (B,), (B,): a certain choice
+        return logits.argmax(-1), torch.zeros_like(uniforms)     # (B,), (B,): no choice, log 1
     logprobs = log_softmax(logits, temperature)                                 # (B,V)
     cumulative = logprobs.exp().cumsum(-1)                                      # (B,V)
-    goal = uniforms * cumulative[:, -1]                                         # (B,) rounding ends below 1
+    goal = uniforms * cumulative[:, -1]                                         # (B,) the sum may miss 1
     token = torch.searchsorted(cumulative, goal[:, None], right=True)           # (B,1)
-    token = token.clamp(max=logits.size(-1) - 1)                                # NaN logits find no place
+    token = token.clamp(max=logits.size(-1) - 1)                                # NaN: no place is found
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 class Sampler:
-    """Samples one response to each of B prompts, as often as asked. All buffers keep their place and their
-    shape, because a CUDA graph reads and writes the same memory at each replay; the policy may be trained
+    """Samples one response to each of B prompts, as often as asked. In plain words, for one row and without a
+    cache, a step is
+
+        logits = policy(tokens)[newest]
+        token, logprob = pick(logits)
+        tokens[newest + 1] = token;  logprobs[newest] = logprob;  mask[newest] = alive
+        alive = alive and token != eos;  newest += 1
+
+    The class does it for all rows at once, in a form that a CUDA graph can record: such a graph reads and
+    writes the same memory at each replay, so buffers keep their place and shape. The policy may be trained
     between two calls, since an optimizer changes the weights in place."""
 
-    def __init__(self, policy, B, T, max_new_tokens, eos, temperature=1.0, graph=False):
-        """B rows of T tokens at most, max_new_tokens of them new. graph: record the step (CUDA only)."""
+    def __init__(self, policy, B, L, max_new_tokens, eos, temperature=1.0, graph=False):
+        """B rows of at most L tokens, max_new_tokens of them new. graph: record the step (CUDA only)."""
         device = policy.wte.weight.device
         self.policy, self.eos, self.temperature = policy, eos, temperature
-        self.tokens = torch.zeros(B, T, dtype=torch.long, device=device)
-        self.mask = torch.zeros(B, T - 1, dtype=torch.bool, device=device)
-        self.logprobs = torch.zeros(B, T - 1, device=device)
+        self.tokens = torch.zeros(B, L, dtype=torch.long, device=device)
+        self.mask = torch.zeros(B, L - 1, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(B, L - 1, device=device)
         self.newest = torch.zeros(B, 1, dtype=torch.long, device=device)        # column of the newest token
         self.alive = torch.zeros(B, dtype=torch.bool, device=device)            # has not sampled EOS yet
         self.uniforms = torch.zeros(max_new_tokens, B, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)            # steps so far
-        self.cache = KVCache(policy.config, B, T, device)
+        self.cache = KVCache(policy.config, B, L, device)
         self.graph = self.record() if graph else None
 
     def step(self, width):
@@ -475,15 +496,16 @@ class Sampler:
 
     @torch.no_grad()
     def record(self):
-        """The step as a CUDA graph: its hundreds of small kernels start together, at one word of the host."""
-        T, side = self.tokens.size(1), torch.cuda.Stream()
+        """The step as a CUDA graph: one call starts its hundreds of small kernels, instead of one call each.
+        (Skip this at first reading.)"""
+        L, side = self.tokens.size(1), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.step(T)                                   # libraries set themselves up outside the record
+            self.step(L)                                   # libraries set themselves up outside the record
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
-            self.step(T)
+            self.step(L)
         return graph
 
     @torch.no_grad()
@@ -500,8 +522,8 @@ class Sampler:
         self.uniforms.copy_(torch.rand(self.uniforms.shape, generator=generator, device=device))
         for buffer, value in ((self.mask, False), (self.logprobs, 0), (self.alive, True), (self.count, 0)):
             buffer.fill_(value)
-        # Prefill: the prompts but for each row's last token, which the first step feeds. Only the cache is
-        # wanted, so no position is kept for the last MLP.
+        # Prefill: columns 0..longest-2 of all rows. The first step feeds each row's last token, a shorter
+        # row's for the second time. Only the cache is wanted, so no position is kept for the last MLP.
         if longest > 1:
             tokens = self.tokens[:, :longest - 1]                               # (B,longest-1)
             self.cache.at(self.cache.columns[:longest - 1].expand_as(tokens), longest - 1)
@@ -531,9 +553,9 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
 
 # ------------------------------------------------------------------------------------------------------------
 # Formulas: pure functions that the loops below and the tests call. B rows, T tokens, K responses; action
-# frame; logarithms are natural, so KL is in nats. What stands in a masked slot must not matter, be it NaN.
-# So inputs are zeroed outside the mask before the arithmetic: NaN times 0 is NaN, and a gradient would carry
-# it through a mask that comes later.
+# frame; logarithms are natural, so their unit is the nat. A slot where the mask is False must not matter,
+# even if it holds NaN. So inputs are set to 0 there before the arithmetic. A mask that comes later does not help:
+# NaN times 0 is NaN, in a gradient too.
 
 
 def zero_outside(mask, x):
@@ -547,7 +569,7 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """(x - mean) / std over the mask, population variance; 0 outside. One element is safe.
+    """(x - mean) / std over the mask, population variance; 0 outside. A single element gives 0, not NaN.
     Why: the step's size no longer depends on the reward's scale, and about half of the tokens are pushed up
     and half down (Ziegler et al. 2019)."""
     x = zero_outside(mask, x)
@@ -563,7 +585,7 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
     The temperature is the sampler's: what is scored must be what was sampled from. The rest is speed: with a
     mask (B,T-1) only its N entries are computed, and 0 stands elsewhere."""
     if mask is None:
-        targets = F.pad(tokens[:, 1:], (0, 1))             # (B,T), the last made up: to cut logits costs
+        targets = F.pad(tokens[:, 1:], (0, 1))             # (B,T), the last made up: cutting logits copies
         logprobs = log_softmax(model(tokens), temperature).gather(2, targets[..., None])       # (B,T,1)
         return logprobs[:, :-1, 0]
     logits = model(tokens, keep=F.pad(mask, (0, 1)))                            # (N,V)
@@ -573,7 +595,8 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
 
 
 def token_values(value_net, tokens, mask):
-    """V of the states in which the response tokens are chosen: (B,T) -> (B,T-1), 0 outside the mask."""
+    """V, the sum of rewards that is expected from each state in which a response token is chosen:
+    (B,T) -> (B,T-1), 0 outside the mask."""
     values = value_net(tokens, keep=F.pad(mask, (0, 1)))                        # (N,)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
@@ -608,7 +631,8 @@ def reward_loss(scores, ranks):
     return masked_mean(total / pairs.clamp(min=1), pairs > 0)
 
 
-# Two estimates of KL(pi || pi_ref) from one sample of pi (Schulman 2020, "Approximating KL divergence").
+# KL(pi || pi_ref), the Kullback-Leibler divergence, says how far pi is from pi_ref: the mean of log pi/pi_ref
+# over samples of pi. Two estimates from one sample (Schulman 2020, "Approximating KL divergence"):
 # k1 is the log-ratio: right on average, but one value may be negative. It is what Eq. 2 charges: as a reward,
 # its mean is the KL itself, and only k1 makes the rewards of a response add up to Eq. 2's bracket.
 # k3 adds pi_ref/pi - 1, whose mean is 0 because the mean of pi_ref/pi is 1. So k3 has the same mean, is never
@@ -626,20 +650,24 @@ def kl_k3(logprobs, ref_logprobs):
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, the score at the last.
+    """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, the score (the reward
+    model's number; a reward is score and KL together) at the last one.
     scores (B,), the rest (B,T-1) -> (B,T-1), 0 outside the mask. A row sums to
     score - beta * log( pi(y|x) / pi_SFT(y|x) ); a row without a response gets no score."""
     k1 = kl_k1(zero_outside(mask, logprobs), zero_outside(mask, ref_logprobs))  # (B,T-1)
-    last = mask & ~F.pad(mask[:, 1:], (0, 1))                                   # (B,T-1) EOS, if it ended
-    return -beta * k1 + zero_outside(last, scores[:, None].expand(last.shape))
+    final = mask & ~F.pad(mask[:, 1:], (0, 1))                                  # (B,T-1) EOS, if it ended
+    return -beta * k1 + zero_outside(final, scores[:, None].expand(final.shape))
 
 
 def gae(rewards, values, mask, discount=1.0, lam=0.95):
-    """Generalised advantage estimation (Schulman et al. 2016): who of the tokens earned the score?
+    """Generalised advantage estimation (Schulman et al. 2016): which of the tokens earned the score?
 
         delta_t = R_t + discount * V_{t+1} - V_t
         A_t = delta_t + discount * lam * A_{t+1},   return_t = A_t + V_t
 
+    V_t is what the value net expects the rewards from t on to add up to. A_t is how much better token t did
+    than expected. lam = 1: A_t is the rewards that came minus V_t, right but noisy. lam = 0: A_t is delta_t,
+    calm but as wrong as V.
     rewards, values (B,T-1) -> (advantages, returns), (B,T-1) each, 0 in the columns of prompt and filler.
     After the last response token V and A are 0, because the episode is over, finished or not. The paper does
     not discount (C.4)."""
@@ -723,7 +751,7 @@ def seed(cfg, stage, step=0, device="cpu"):
 
 
 def adamw(model, lr):
-    """Adam with the paper's betas (App. C). Fused: one kernel for all weights, a few percent of a step."""
+    """Adam with the paper's betas (App. C); each step sets lr anew. Fused: one kernel for all weights."""
     fused = model.wte.weight.device.type != "mps"
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
@@ -737,7 +765,7 @@ def finite(name, x):
 
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that backward left, clipped at norm 1.
-    Returns the norm before clipping; NotFinite if a loss or a gradient is not."""
+    Returns the norm before clipping. NotFinite if it is not finite, as after a loss of NaN."""
     norm = finite("the gradient's norm", nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -758,11 +786,11 @@ class Steps:
         self.first, self.earlier = 0, 0.0                  # steps and seconds before a stop
         self.start, self.shown = time.time(), 0.0
         if os.path.exists(self.path):
-            part = load(self.path)
+            saved = load(self.path)
             with reading(self.path, CHECKPOINT):
                 for name, x in objects.items():
-                    x.load_state_dict(part["state"][name])
-                self.first, self.earlier = part["step"], part["seconds"]
+                    x.load_state_dict(saved["state"][name])
+                self.first, self.earlier = saved["step"], saved["seconds"]
             print(f"{stage}: goes on after step {self.first} of {n}")
 
     def __iter__(self):
@@ -852,12 +880,13 @@ class Answer:
     ids: list                                    # as sampled, EOS included if it ended
     text: str
     ended: bool
-    logprobs: list                               # nats, one per id
+    logprobs: list                               # nats, one per id; after a cut the last is the newline's
 
 
 def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False, lengths=None):
-    """One Answer to each prompt (ids), in the same order. one_line cuts at the first newline: our way to end
-    GPT's answers, which run on. Rows of about one length go together: the prompts' or the given lengths."""
+    """One Answer to each prompt (ids), in the same order. For the evaluation: temperature 0 is greedy;
+    one_line cuts at the first newline, our way to end GPT's answers, which run on; lengths group the rows in
+    place of the prompts' own."""
     answers = [None] * len(prompts)
     lengths = [n + max_new_tokens for n in lengths or map(len, prompts)]
     for part in parts_by_length(lengths, 16384):
@@ -872,17 +901,18 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
     return answers
 
 
-def collect(cfg, stage, enc, policy, prompts, label):
-    """Comparisons: K responses to each prompt, ranked. prompts: dicts with "prompt" and "split"; `label` is
-    who ranks: it gets a list of comparisons and gives each its "ranks" (data/toyworld.py's labelers do, and
-    add a second labeler's opinion on validation prompts, to measure how well people agree)."""
+def collect(cfg, stage, enc, policy, records, label):
+    """Comparisons: K responses to each prompt, ranked. records: dicts with the text "prompt" and its "split".
+    `label` is who ranks: it gets a list of comparisons and gives each its "ranks" (the labelers of
+    data/toyworld.py do, and add a second opinion on validation prompts, to measure how well people agree)."""
     size, comparisons = 512, []
-    steps = Steps(cfg, stage, math.ceil(len(prompts) / size))
+    steps = Steps(cfg, stage, math.ceil(len(records) / size))
     for step in steps:
         generator = seed(cfg, stage, step, policy.wte.weight.device)
         rng = random.Random(f"{cfg.seed} {stage} {step}")
-        batch = [{**p, "responses": [], "ended": []} for p in prompts[step * size:][:size]]
-        asked = [c for c in batch for _ in range(rng.randint(cfg.k_min, cfg.k_max))]           # each K times
+        batch = [{**p, "responses": [], "ended": []} for p in records[step * size:][:size]]
+        # A record stands K times in `asked`, as the same dict, so its lists fill up with K responses.
+        asked = [c for c in batch for _ in range(rng.randint(cfg.k_min, cfg.k_max))]
         ids = [encode_prompt(enc, c["prompt"]) for c in asked]
         for c, answer in zip(asked, respond(policy, enc, ids, cfg.max_new_tokens, generator)):
             c["responses"].append(answer.text)
@@ -893,9 +923,10 @@ def collect(cfg, stage, enc, policy, prompts, label):
 
 
 def encode_comparison(enc, c, longest):
-    """A comparison -> (prompt ids, K lists of at most `longest` response ids, K ranks). Of equal responses
-    the first alone is kept, the others get rank 0: a pair of them would teach noise. An unfinished response
-    gets no EOS, unless it is empty: a score must be read somewhere."""
+    """A comparison -> (prompt ids, K lists of at most `longest` response ids, K ranks). The text is encoded
+    anew, which may give other ids than were sampled, and more: hence the cut. Of equal responses the first
+    alone is kept, the others get rank 0, since equal texts of unequal rank are noise. An unfinished response
+    gets no EOS, unless it is empty: a score must be read somewhere, here at the last token."""
     responses, ranks = [], []
     for text, ended, rank in zip(c["responses"], c["ended"], c["ranks"]):
         ids = encode_response(enc, text)
@@ -946,7 +977,7 @@ def train_reward_model(cfg, stage, enc, sft_model, comparisons, demos):
     steps = Steps(cfg, stage, len(plan), model=reward_model, optimizer=optimizer)
     for step in steps:
         scores, ranks = score_comparisons(reward_model, [data[i] for i in plan[step]])         # (B,K) each
-        loss = reward_loss(scores, ranks)                  # Eq. 1
+        loss = reward_loss(scores, ranks)                  # Eq. 1; log 2 = 0.69 is guessing
         loss.backward()
         clip_and_step(reward_model, optimizer, cfg.rm_lr * cosine(step, len(plan)))
         steps.log(loss=loss.item())
@@ -969,7 +1000,8 @@ def score_all(reward_model, prompts, responses):
 
 @torch.no_grad()
 def normalise_reward(reward_model, demos):
-    """Eq. 1 fixes only differences, so the bias may be shifted: demonstrations score 0 on average (3.5)."""
+    """Eq. 1 fixes only differences, so a bias may be added (3.5): demonstrations score 0 on average. That
+    gives the fixed score of an unfinished response, -1, a meaning."""
     prompts, responses = zip(*demos)
     reward_model.head.bias -= mean(score_all(reward_model, prompts, responses))
 
@@ -982,6 +1014,12 @@ def normalise_reward(reward_model, demos):
 #
 # gamma is ptx_coef here (ptx: the pretraining mix; it weighs a mean over tokens) and has nothing to do with a
 # discount. Without the mix this is PPO; with it the pretraining gradient joins every optimizer step: PPO-ptx.
+#
+# Why the KL term: the reward model knows only texts like those it was trained on. Far from them the policy
+# finds texts that it overrates. Near pi_SFT the score can be trusted. Why the mix: RL also costs skills that
+# pretraining gave, the "alignment tax" (4.2). The mix gives them back; a larger beta does not (Fig. 34).
+#
+# Four networks: policy pi and value net V are trained; reference pi_SFT and reward model r are frozen.
 
 
 @dataclass
@@ -1001,50 +1039,50 @@ class Experience(Rollout):
 
 @torch.no_grad()
 def make_experience(cfg, sampler, value_net, reference, reward_model, prompts, generator, estimate=gae):
-    """prompts: B lists of ids -> Experience. estimate: where advantages come from."""
+    """prompts: B lists of ids -> Experience. estimate: gae, or the neighbour reinforce in its place."""
     # 1. Sample with the current policy. The log-probs kept while sampling are those of pi_old.
     begun = time.time()
     r = sampler.sample(prompts, generator)
     speed = int(r.mask.sum()) / (time.time() - begun)
     # 2. Score the response at its last token; take the reference's log-probs and the values of the states. A
-    # few rows of about one length go together: the result is that of all rows at once, only faster.
+    # few rows of similar length go together: the result is that of all rows at once, only faster.
     lengths = r.prompt_lens + r.mask.sum(1)                                     # (B,)
     scores = torch.zeros(len(prompts), device=lengths.device)                   # (B,)
     ref_logprobs, values = torch.zeros_like(r.logprobs), torch.zeros_like(r.logprobs)          # (B,T-1) each
     for part in parts_by_length(lengths.tolist(), tokens_at_once(lengths.device)):
-        rows = torch.tensor(part, device=lengths.device)                        # (b,)
-        t = int(lengths[part[-1]])
-        tokens, mask = r.tokens[rows, :t], r.mask[rows, :t - 1]                 # (b,t), (b,t-1)
-        scores[rows] = reward_scores(reward_model, tokens, lengths[rows] - 1)
-        ref_logprobs[rows, :t - 1] = token_logprobs(reference, tokens, cfg.temperature, mask)
-        values[rows, :t - 1] = token_values(value_net, tokens, mask)
+        picked = torch.tensor(part, device=lengths.device)                      # (b,) indices of rows
+        n = int(lengths[part[-1]])                         # the longest of them: what is beyond it is filler
+        tokens, mask = r.tokens[picked, :n], r.mask[picked, :n - 1]             # (b,n), (b,n-1)
+        scores[picked] = reward_scores(reward_model, tokens, lengths[picked] - 1)
+        ref_logprobs[picked, :n - 1] = token_logprobs(reference, tokens, cfg.temperature, mask)
+        values[picked, :n - 1] = token_values(value_net, tokens, mask)
     # 3. A response that did not end gets the fixed score instead.
     scores = torch.where(r.ended, finite("a score of the reward model", scores), cfg.unfinished_score)
     # 4. The KL penalty of each token, the score at the last one.
     rewards = token_rewards(scores, r.logprobs, ref_logprobs, r.mask, cfg.beta)                # (B,T-1)
     # 5. Advantages and returns.
-    advantages, returns = estimate(rewards, values, r.mask, 1.0, cfg.lam)       # (B,T-1) each
+    advantages, returns = estimate(rewards, values, r.mask, discount=1.0, lam=cfg.lam)         # (B,T-1) each
     return Experience(**vars(r), lengths=lengths, ref_logprobs=ref_logprobs, scores=scores, rewards=rewards,
                       values=values, raw_advantages=advantages, advantages=whiten(advantages, r.mask),
                       returns=returns, tokens_per_second=speed)
 
 
-def update(cfg, policy, value_net, adams, e, rows, text, lr_factor):
-    """One minibatch, the rows (b,) of the Experience e: one optimizer step for the policy, one for the value
-    net. text (n,block): pretraining rows for the mix, or None. Returns numbers for the log."""
-    t = int(e.lengths[rows].max())                         # filler beyond the longest row is not computed
-    tokens, mask = e.tokens[rows, :t], e.mask[rows, :t - 1]                     # (b,t), (b,t-1)
-    old_logprobs, advantages = e.logprobs[rows, :t - 1], e.advantages[rows, :t - 1]            # (b,t-1) each
-    old_values, returns = e.values[rows, :t - 1], e.returns[rows, :t - 1]       # (b,t-1) each
+def update(cfg, policy, value_net, adams, e, picked, web, lr_factor):
+    """One minibatch, the rows picked (b,) of the Experience e: one optimizer step for the policy, one for the
+    value net. web (m,block): pretraining rows for the mix, or None. Returns numbers for the log."""
+    n = int(e.lengths[picked].max())                       # filler beyond the longest row is not computed
+    tokens, mask = e.tokens[picked, :n], e.mask[picked, :n - 1]                 # (b,n), (b,n-1)
+    old_logprobs, advantages = e.logprobs[picked, :n - 1], e.advantages[picked, :n - 1]        # (b,n-1) each
+    old_values, returns = e.values[picked, :n - 1], e.returns[picked, :n - 1]   # (b,n-1) each
     # 6. The policy: Eq. 2, both gradients in one step (C.4). In the first of the eight minibatches the ratio
     # is 1, because pi is still pi_old; each step moves pi, so in the others it is not.
-    logprobs = token_logprobs(policy, tokens, cfg.temperature, mask)            # (b,t-1)
+    logprobs = token_logprobs(policy, tokens, cfg.temperature, mask)            # (b,n-1)
     ppo_loss = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.cliprange)
-    ptx_loss = torch.zeros(()) if text is None else lm_loss(policy, text)
+    ptx_loss = torch.zeros(()) if web is None else lm_loss(policy, web)
     (ppo_loss + cfg.ptx_coef * ptx_loss).backward()
     norm = clip_and_step(policy, adams[0], cfg.policy_lr * lr_factor)
     # 7. The value net, a network of its own, learns to predict the returns.
-    values = token_values(value_net, tokens, mask)                              # (b,t-1)
+    values = token_values(value_net, tokens, mask)                              # (b,n-1)
     v_loss = value_loss(values, old_values, returns, mask, cfg.value_clip)
     v_loss.backward()
     clip_and_step(value_net, adams[1], cfg.value_lr)
@@ -1054,39 +1092,38 @@ def update(cfg, policy, value_net, adams, e, rows, text, lr_factor):
             "vloss": v_loss.item(), "change": change.abs().max().item()}
 
 
-def ppo(cfg, stage, enc, sft_model, reward_model, prompts, corpus, world=None, estimate=gae):
-    """RL from the SFT model against the reward model. prompts: list of {"ids", "task"}; corpus: text for the
+def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, estimate=gae):
+    """RL from the SFT model against the reward model. records: list of {"ids", "task"}; corpus: text for the
     mix, or None for plain PPO; world: the checker, which knows gold, for the log alone. Returns the EMA of
     the policy: its answers vary less from step to step than those of the last weights."""
     device = sft_model.wte.weight.device
     reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
-    # V starts as the reward model (3.5), which knows already which texts lead to a score.
-    value_net = copy_of(freeze(reward_model))
+    # V starts as the reward model (3.5): that scores whole texts, V learns to say the same of beginnings.
+    value_net = copy_of(reward_model)
     adams = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
     sampler = Sampler(policy, cfg.episodes, cfg.block_size, cfg.max_new_tokens, enc.eot_token,
                       cfg.temperature, graph=device.type == "cuda")
-    generator, passes = seed(cfg, stage, "plan"), math.ceil(cfg.iterations * cfg.episodes / len(prompts))
-    plan = torch.cat([torch.randperm(len(prompts), generator=generator) for _ in range(passes)])
+    passes, generator = math.ceil(cfg.iterations * cfg.episodes / len(records)), seed(cfg, stage, "plan")
+    order = torch.cat([torch.randperm(len(records), generator=generator) for _ in range(passes)])
     steps = Steps(cfg, stage, cfg.iterations, policy=policy, value_net=value_net, average=average,
                   policy_adam=adams[0], value_adam=adams[1])
     for iteration in steps:
-        generator = seed(cfg, stage, iteration)
-        luck = seed(cfg, stage + " rollout", iteration, device)
-        batch = [prompts[i] for i in plan[iteration * cfg.episodes:][:cfg.episodes].tolist()]
+        luck = seed(cfg, stage + " rollout", iteration, device)                 # on the device: the samples
+        generator = seed(cfg, stage, iteration)            # on the CPU: minibatches and pretraining rows
+        batch = [records[i] for i in order[iteration * cfg.episodes:][:cfg.episodes].tolist()]
         e = make_experience(cfg, sampler, value_net, reference, reward_model, [p["ids"] for p in batch], luck,
                             estimate)
         numbers = []
-        for rows in torch.randperm(cfg.episodes, generator=generator).tensor_split(cfg.minibatches):
-            text = None
+        for picked in torch.randperm(cfg.episodes, generator=generator).tensor_split(cfg.minibatches):
+            web, m = None, cfg.ptx_rows * len(picked)
             if corpus is not None:
-                n = cfg.ptx_rows * len(rows)
-                text = corpus_batch(corpus, n, cfg.block_size, generator, device)              # (n,block)
-            numbers.append(update(cfg, policy, value_net, adams, e, rows.to(device), text,
+                web = corpus_batch(corpus, m, cfg.block_size, generator, device)               # (m,block)
+            numbers.append(update(cfg, policy, value_net, adams, e, picked.to(device), web,
                                   warmup_factor(iteration, cfg.warmup)))
             ema_update(average, policy, cfg.ema)
         if iteration == 0:
-            print(f"\n{stage}: a line per iteration\n{summary.__doc__}\n{ledger(cfg, enc, e)}")
-            print(f"  First minibatch: max |log-prob - rollout log-prob| = {numbers[0]['change']:.1e}: rounding")
+            print(f"\n{stage}: a line per iteration\n{summary.__doc__}\n{ledger(cfg, enc, e)}")   # the legend
+            print(f"  first minibatch: max |log-prob - rollout's| = {numbers[0]['change']:.1e}: rounding")
         line = summary(e, numbers)
         if world is not None:
             rows = zip(batch, e.responses(), e.ended.tolist())
@@ -1101,15 +1138,14 @@ def ppo(cfg, stage, enc, sft_model, reward_model, prompts, corpus, world=None, e
 
 def summary(e, numbers):
     """
-    score    of the reward model, demonstrations are at 0  ended    share that ends; near 1
-    finished mean score of what ended                      length   tokens per response
-    gold     true quality, 1 to 7: must rise with score    entropy  nats per token; 0: one answer is left
-    k1  k3   KL to the SFT model, nats per response: k1    clip     share of tokens with a clipped ratio;
-             is charged and may dip below 0, k3 never               healthy below 0.2
-             does; healthy 0.2 to 3                        grad     the policy's gradient norm, unclipped
-    vloss    of the value net                              ptx      pretraining loss of the mix, per token
-    ev       share of the return's variance that it        tok/s    sampled in the rollout
-             explains; healthy above 0.3
+    score     of the reward model, demonstrations are at 0; finished: of the responses that ended
+    gold      true quality, 1 to 7: must rise with score
+    k1, k3    KL to the SFT model, nats per response: k1 is charged and may be negative, k3 never is
+    ended     share of responses; length: their tokens; entropy: nats per token, 0 is one answer left
+    vloss     of the value net; ev: share of the returns' variance that it explains
+    clip      share of tokens whose ratio is outside 1 +- cliprange; grad: the policy's norm before clipping
+    ptx       pretraining loss of the mix, nats per token; tok/s: sampled in the rollout
+    Good runs of the toy have k3 from 0.2 to 3, ended above 0.9, clip below 0.2 and ev above 0.3.
     """
     error, mask = e.returns - e.values, e.mask                                  # (B,T-1) each
     unexplained = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
@@ -1146,7 +1182,7 @@ def ledger(cfg, enc, e):
 # RLAIF is the paper's method with a model as the labeler.
 
 
-def reinforce(rewards, values, mask, *_):
+def reinforce(rewards, values, mask, discount=1.0, lam=1.0):
     """REINFORCE with a baseline (Williams 1992), in gae's place: no value net (the loop's learns on, unread)
     and no credit for single tokens; each gets its whole episode's reward, less the mean of the batch.
 
