@@ -71,7 +71,6 @@ import json
 import math
 import os
 import random                                    # the labelers' noise
-import shutil                                    # --from copies checkpoints
 import sys
 import time
 from base64 import b64decode                     # tiktoken's rank files
@@ -89,12 +88,10 @@ import torch.nn.functional as F
 # Settings (App. C). One line each: the toy's value, what it is, and in brackets the value of the paper or,
 # where it is marked so, of the GPT-3 that the paper starts from. "Not stated" is the paper's silence.
 
-
 def setting(default, text, paper=None, low=0, high=1e15):
     """A field of Config that knows its help text, the paper's value, and the range of a number."""
     text = f"{text} [{paper}]" if paper else text
     return field(default=default, metadata={"help": text, "low": low, "high": high})
-
 
 @dataclass
 class Config:
@@ -149,7 +146,6 @@ class Config:
     test_prompts: int = setting(600, "prompts that the models answer", "3,196", low=1)
     judges: int = setting(5, "labelers per pair of answers", "1 for most", low=1, high=20)
 
-
 # --smoke: everything in miniature. With so few steps the moving average of the weights has to follow faster.
 SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_prompts=300, iterations=4,
              episodes=64, ema=0.9, test_prompts=100)
@@ -165,21 +161,17 @@ SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_
 MARK = "\n>"
 EOT = "<|endoftext|>"
 
-
 def encode_prompt(enc, text):
     """A request -> its ids, the mark behind it included."""
     return enc.encode_ordinary(text + MARK)
-
 
 def encode_response(enc, text):
     """A reply -> its ids, the space before it and end-of-text included. No text: end-of-text alone."""
     return enc.encode_ordinary(" " + text if text else "") + [enc.eot_token]
 
-
 def decode_response(enc, ids):
     """The ids of a reply -> its text, without the space before it and the end-of-text behind it."""
     return enc.decode([token for token in ids if token != enc.eot_token]).removeprefix(" ")
-
 
 def corpus_batch(corpus, n, length, generator, device):
     """n random rows of `length` tokens -> (n,length) int64. The corpus is one array of all tokens and the
@@ -188,7 +180,6 @@ def corpus_batch(corpus, n, length, generator, device):
     chosen = torch.randint(len(starts), (n,), generator=generator).numpy()      # (n,)
     rows = tokens[starts[chosen][:, None] + np.arange(length)]                  # (n,length)
     return torch.from_numpy(rows.astype(np.int64)).to(device)
-
 
 def stack(prompts, responses, device="cpu"):
     """Rows of prompt + response. prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last
@@ -212,7 +203,6 @@ def stack(prompts, responses, device="cpu"):
     mask = (column >= prompt_lens[:, None] - 1) & (column < lens[:, None] - 1)  # (B,T-1)
     return tokens.to(device), mask.to(device), (lens - 1).to(device)
 
-
 def batches(lengths, size, epochs, generator):
     """Random batches of indices for some epochs, each of rows of similar length, so that little is spent on
     filler: shuffle, sort stretches of eight batches by length, cut, shuffle the batches."""
@@ -225,7 +215,6 @@ def batches(lengths, size, epochs, generator):
         plan += [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
     return plan
 
-
 def parts_by_length(lengths, most):
     """Indices of all rows in parts of similar length and of at most `most` tokens, filler included. What only
     has to be scored goes through a model in such parts: that needs little memory and wastes little."""
@@ -237,11 +226,9 @@ def parts_by_length(lengths, most):
         part.append(i)
     return parts + [part]
 
-
 def tokens_at_once(device):
     """How many tokens are scored at once: few stay in a CPU's cache, many keep a GPU busy."""
     return 1024 if device.type == "cpu" else 16384
-
 
 def mean(x):
     """The mean of a list of numbers; 0 for an empty one."""
@@ -250,7 +237,6 @@ def mean(x):
 
 # ------------------------------------------------------------------------------------------------------------
 # GPT (3.5): GPT-2's decoder, and GPT-3's but for its sparse attention. The parameters have GPT-2's names.
-
 
 @dataclass
 class GPTConfig:
@@ -261,7 +247,6 @@ class GPTConfig:
     n_embd: int
     dropout: float = 0.0
     gelu: str = "none"                           # exact erf, and here the faster one; GPT-2 has "tanh"
-
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -284,7 +269,6 @@ class Attention(nn.Module):
                                            attn_mask=visible, is_causal=cache is None)     # (B,H,T,C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                  # (B,T,C)
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -294,7 +278,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -312,7 +295,6 @@ class Block(nn.Module):
         if keep is not None:
             x = x[keep]                                                         # (N,C)
         return x + self.drop(self.mlp(self.ln_2(x)))
-
 
 class KVCache:
     """Keys and values of the tokens so far, so that a new token costs one forward pass of one position.
@@ -343,7 +325,6 @@ class KVCache:
         values[self.rows, self.position] = v
         self.layer += 1
         return keys[:, :self.width], values[:, :self.width]
-
 
 class GPT(nn.Module):
     """Decoder with learned positions.
@@ -396,14 +377,12 @@ class GPT(nn.Module):
         reads a third of the positions, so that saves a quarter of a policy step."""
         return self.project(self.hidden(tokens, keep=keep))
 
-
 def copy_of(model, head=None, dropout=0.0):
     """Another model with the same weights. With another head than the model's, that head is fresh."""
     head = head or ("lm" if model.head is None else "scalar")
     other = GPT(replace(model.config, dropout=dropout), head)
     other.load_state_dict(model.state_dict(), strict=False)
     return other.to(model.wte.weight.device)
-
 
 def freeze(model):
     """The model without gradients and dropout: reference and reward model, and whatever is finished."""
@@ -415,7 +394,6 @@ def freeze(model):
 # its own position in a cache of fixed size. Python waits for the device only every fourth step, and RL on a
 # GPU records the step once and replays it. Random numbers are drawn before the loop: the same seed gives
 # every model the same luck.
-
 
 @dataclass
 class Rollout:
@@ -429,14 +407,12 @@ class Rollout:
         """The response ids of each row (EOS included), as lists."""
         return [row[mask].tolist() for row, mask in zip(self.tokens[:, 1:].cpu(), self.mask.cpu())]
 
-
 def log_softmax(logits, temperature):
     """In float32, whatever the model computes in. The temperature is part of the policy: whoever samples or
     scores divides by it."""
     if temperature != 1:                                   # dividing by 1 would cost a pass over all logits
         logits = logits / temperature
     return F.log_softmax(logits.float(), dim=-1)
-
 
 def pick(logits, uniforms, temperature):
     """One token per row: the first whose cumulative probability exceeds the row's uniform number. On a CPU
@@ -450,7 +426,6 @@ def pick(logits, uniforms, temperature):
     token = torch.searchsorted(cumulative, goal[:, None], right=True)           # (B,1)
     token = token.clamp(max=logits.size(-1) - 1)                                # NaN: no place is found
     return token[:, 0], logprobs.gather(1, token)[:, 0]
-
 
 class Sampler:
     """Samples one response to each of B prompts, as often as asked. In plain words, for one row and without a
@@ -539,7 +514,6 @@ class Sampler:
         return Rollout(self.tokens[:, :T].clone(), self.mask[:, :T - 1].clone(),
                        self.logprobs[:, :T - 1].clone(), lens.to(device), ~self.alive)
 
-
 def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=None):
     """Samples one response to each prompt. prompts: B non-empty lists of ids, any lengths. A response ends
     with `eos` or after max_new_tokens. Returns a Rollout with T = longest prompt + max_new_tokens; ValueError
@@ -554,19 +528,16 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
 # ------------------------------------------------------------------------------------------------------------
 # Formulas: pure functions that the loops below and the tests call. B rows, T tokens, K responses; action
 # frame; logarithms are natural, so their unit is the nat. A slot where the mask is False must not matter,
-# even if it holds NaN. So inputs are set to 0 there before the arithmetic. A mask that comes later does not help:
-# NaN times 0 is NaN, in a gradient too.
-
+# even if it holds NaN. So inputs are set to 0 there before the arithmetic. A mask that comes later does not
+# help: NaN times 0 is NaN, in a gradient too.
 
 def zero_outside(mask, x):
     """x with 0 wherever the mask is False."""
     return x.masked_fill(~mask, 0)
 
-
 def masked_mean(x, mask):
     """Mean of x where mask is True; 0 if it is True nowhere."""
     return zero_outside(mask, x).sum() / mask.sum().clamp(min=1)
-
 
 def whiten(x, mask):
     """(x - mean) / std over the mask, population variance; 0 outside. A single element gives 0, not NaN.
@@ -575,7 +546,6 @@ def whiten(x, mask):
     x = zero_outside(mask, x)
     centred = x - masked_mean(x, mask)
     return zero_outside(mask, centred * torch.rsqrt(masked_mean(centred ** 2, mask) + 1e-8))
-
 
 def token_logprobs(model, tokens, temperature=1.0, mask=None):
     """log pi(token t+1 | tokens 0..t), nats: tokens (B,T) -> (B,T-1). By definition
@@ -593,13 +563,11 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
     logprobs = log_softmax(logits, temperature).gather(1, targets[:, None])[:, 0]              # (N,)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
-
 def token_values(value_net, tokens, mask):
     """V, the sum of rewards that is expected from each state in which a response token is chosen:
     (B,T) -> (B,T-1), 0 outside the mask."""
     values = value_net(tokens, keep=F.pad(mask, (0, 1)))                        # (N,)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
-
 
 def lm_loss(model, tokens, mask=None):
     """Next-token loss, nats per token: over all tokens, or with a mask over the response tokens alone."""
@@ -608,12 +576,10 @@ def lm_loss(model, tokens, mask=None):
         return -logprobs.mean()
     return -masked_mean(logprobs, mask)
 
-
 def reward_scores(reward_model, tokens, last):
     """r_theta(x, y): the score read at index last (B,) of each row, its EOS if it ended: (B,T) -> (B,)."""
     read = torch.arange(tokens.size(1), device=tokens.device) == last[:, None]  # (B,T) one True per row
     return reward_model(tokens, keep=read)
-
 
 def reward_loss(scores, ranks):
     """Eq. 1. scores (B,K); ranks (B,K) int, 1 = best, equal = tie, 0 = empty slot -> scalar, nats.
@@ -630,7 +596,6 @@ def reward_loss(scores, ranks):
     total = -zero_outside(better, F.logsigmoid(margin)).sum((1, 2))             # (B,)
     return masked_mean(total / pairs.clamp(min=1), pairs > 0)
 
-
 # KL(pi || pi_ref), the Kullback-Leibler divergence, says how far pi is from pi_ref: the mean of log pi/pi_ref
 # over samples of pi. Two estimates from one sample (Schulman 2020, "Approximating KL divergence"):
 # k1 is the log-ratio: right on average, but one value may be negative. It is what Eq. 2 charges: as a reward,
@@ -638,16 +603,13 @@ def reward_loss(scores, ranks):
 # k3 adds pi_ref/pi - 1, whose mean is 0 because the mean of pi_ref/pi is 1. So k3 has the same mean, is never
 # negative and less noisy: it is what the log shows. What was sampled from stands in the denominator.
 
-
 def kl_k1(logprobs, ref_logprobs):
     """log pi/pi_ref, nats. Any shape."""
     return logprobs - ref_logprobs
 
-
 def kl_k3(logprobs, ref_logprobs):
     """pi_ref/pi - 1 - log pi_ref/pi, nats, never negative. Any shape."""
     return torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)
-
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, the score (the reward
@@ -657,7 +619,6 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     k1 = kl_k1(zero_outside(mask, logprobs), zero_outside(mask, ref_logprobs))  # (B,T-1)
     final = mask & ~F.pad(mask[:, 1:], (0, 1))                                  # (B,T-1) EOS, if it ended
     return -beta * k1 + zero_outside(final, scores[:, None].expand(final.shape))
-
 
 def gae(rewards, values, mask, discount=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016): which of the tokens earned the score?
@@ -682,7 +643,6 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
         advantages[:, t] = next_advantage
     return advantages, advantages + values
 
-
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate, negated: - mean min( rho A, clip(rho, 1-eps, 1+eps) A ) with rho = pi/pi_old.
     All (B,T-1) -> scalar. One batch serves several steps, so pi moves away from the pi_old that sampled it;
@@ -693,7 +653,6 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     clipped = ratio.clamp(1 - clip, 1 + clip)                                   # (B,T-1)
     return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
 
-
 def value_loss(values, old_values, returns, mask, clip=0.2):
     """1/2 mean max( (V - return)^2, (V_clipped - return)^2 ) with V_clipped = V_old + clip(V - V_old, -eps,
     eps). All (B,T-1) -> scalar. As in the policy, a move of more than eps towards the return brings nothing
@@ -703,20 +662,17 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     clipped = old_values + (values - old_values).clamp(-clip, clip)             # (B,T-1)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
-
 @torch.no_grad()
 def ema_update(average, model, decay):
     """w_ema <- decay * w_ema + (1 - decay) * w  (C.4: 0.992)."""
     for a, p in zip(average.parameters(), model.parameters()):
         a.lerp_(p, 1 - decay)
 
-
 def cosine(step, steps, warmup=0):
     """The learning rate's factor: a cosine from 1 to 0.1 (C.1, C.2); in pretraining, a warm-up before it."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - 1 - warmup)))
-
 
 def warmup_factor(iteration, warmup):
     """The factor of RL's learning rate: from a tenth to 1 over the first iterations, then constant (C.4)."""
@@ -737,10 +693,8 @@ def warmup_factor(iteration, warmup):
 # Because no draw depends on the ones before it, weights and optimizers are all that has to be saved: a run
 # that was stopped at any moment ends with the same bits as one that was not.
 
-
 class NotFinite(Exception):
     """A number became NaN or infinite: the run stops and says where."""
-
 
 def seed(cfg, stage, step=0, device="cpu"):
     """The generator for one step of a stage. PyTorch's own (initial weights, dropout) is seeded too."""
@@ -749,19 +703,16 @@ def seed(cfg, stage, step=0, device="cpu"):
     torch.manual_seed(number)
     return torch.Generator(device).manual_seed(number)
 
-
 def adamw(model, lr):
     """Adam with the paper's betas (App. C); each step sets lr anew. Fused: one kernel for all weights."""
     fused = model.wte.weight.device.type != "mps"
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-
 
 def finite(name, x):
     """The tensor, if all of it is finite; else NotFinite."""
     if not x.isfinite().all():
         raise NotFinite(f"{name} became {x[~x.isfinite()].flatten()[0].item()}")
     return x
-
 
 def clip_and_step(model, optimizer, lr):
     """One optimizer step at this learning rate on the gradients that backward left, clipped at norm 1.
@@ -772,7 +723,6 @@ def clip_and_step(model, optimizer, lr):
     optimizer.step()
     optimizer.zero_grad()
     return norm.item()
-
 
 class Steps:
     """range(n) of a stage, which remembers. Every save_every seconds (but never sooner than 20 times what the
@@ -808,7 +758,8 @@ class Steps:
     def log(self, **numbers):
         """A line of JSON into OUT/log.jsonl and, every five seconds, one on the screen with the time left."""
         done, now = self.step + 1, time.time()
-        with open(os.path.join(self.cfg.out, "log.jsonl"), "a", encoding="utf-8") as f:
+        path = os.path.join(self.cfg.out, "log.jsonl")
+        with reading(path, "writable"), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"stage": self.stage, "step": done, **numbers}) + "\n")
         if now - self.shown > 5 or done == self.n:
             self.shown = now
@@ -820,7 +771,6 @@ class Steps:
 
 # ------------------------------------------------------------------------------------------------------------
 # Step 0, pretraining: the place of GPT-3. The paper starts from a trained model; ours learns the toy's web.
-
 
 def pretrain(cfg, enc, corpus, device):
     """A GPT trained from nothing on the corpus: next-token loss, warm-up and cosine."""
@@ -843,7 +793,6 @@ def pretrain(cfg, enc, corpus, device):
 # ------------------------------------------------------------------------------------------------------------
 # Step 1, supervised fine-tuning (3.5, C.1, C.3): imitate the labelers' demonstrations, of which only the
 # response tokens count. Pretraining rows are mixed in against forgetting.
-
 
 def sft(cfg, stage, gpt, demos, corpus):
     """demos: list of (prompt ids, response ids). The SFT model: baseline, start of RL and KL reference. On
@@ -874,14 +823,12 @@ def sft(cfg, stage, gpt, demos, corpus):
 # Step 2, the reward model (3.5, C.2). The SFT model answers each prompt K times, a labeler ranks the answers,
 # and a model with a scalar head learns Eq. 1.
 
-
 @dataclass
 class Answer:
     ids: list                                    # as sampled, EOS included if it ended
     text: str
     ended: bool
     logprobs: list                               # nats, one per id; after a cut the last is the newline's
-
 
 def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False, lengths=None):
     """One Answer to each prompt (ids), in the same order. For the evaluation: temperature 0 is greedy;
@@ -899,7 +846,6 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
             ended = ids[-1] == enc.eot_token
             answers[i] = Answer(ids, decode_response(enc, ids), ended, logprobs[mask][:len(ids)].tolist())
     return answers
-
 
 def collect(cfg, stage, enc, policy, records, label):
     """Comparisons: K responses to each prompt, ranked. records: dicts with the text "prompt" and its "split".
@@ -921,7 +867,6 @@ def collect(cfg, stage, enc, policy, records, label):
         steps.log(prompts=len(comparisons))
     return comparisons
 
-
 def encode_comparison(enc, c, longest):
     """A comparison -> (prompt ids, K lists of at most `longest` response ids, K ranks). The text is encoded
     anew, which may give other ids than were sampled, and more: hence the cut. Of equal responses the first
@@ -937,12 +882,10 @@ def encode_comparison(enc, c, longest):
         responses.append(ids)
     return encode_prompt(enc, c["prompt"]), responses, ranks
 
-
 def encode_comparisons(enc, comparisons, longest):
     """The encoded comparisons that hold at least one pair: unequal responses of unequal rank."""
     encoded = [encode_comparison(enc, c, longest) for c in comparisons]
     return [(prompt, responses, ranks) for prompt, responses, ranks in encoded if len(set(ranks) - {0}) > 1]
-
 
 def rows_of(batch):
     """Encoded comparisons -> prompts and responses, N lists of ids each, without the responses of rank 0."""
@@ -952,7 +895,6 @@ def rows_of(batch):
         prompts += [prompt] * len(kept)
         responses += kept
     return prompts, responses
-
 
 def score_comparisons(reward_model, batch):
     """Encoded comparisons -> scores (B,K), ranks (B,K), K the most of any prompt. One forward per response:
@@ -964,7 +906,6 @@ def score_comparisons(reward_model, batch):
     ranks = torch.tensor(ranks, device=tokens.device)                           # (B,K)
     scores = reward_scores(reward_model, tokens, last)                          # (N,)
     return torch.zeros(ranks.shape, device=tokens.device).masked_scatter(ranks > 0, scores), ranks
-
 
 def train_reward_model(cfg, stage, enc, sft_model, comparisons, demos):
     """The reward model, from the SFT model, on all pairs of each prompt; one epoch, as more overfit (C.2)."""
@@ -985,7 +926,6 @@ def train_reward_model(cfg, stage, enc, sft_model, comparisons, demos):
     normalise_reward(reward_model, demos)
     return reward_model
 
-
 @torch.no_grad()
 def score_all(reward_model, prompts, responses):
     """r_theta(x, y) of N rows of ids -> list of N numbers, the last token's."""
@@ -996,7 +936,6 @@ def score_all(reward_model, prompts, responses):
         for i, score in zip(part, reward_scores(reward_model, tokens, last).tolist()):
             scores[i] = score
     return scores
-
 
 @torch.no_grad()
 def normalise_reward(reward_model, demos):
@@ -1021,7 +960,6 @@ def normalise_reward(reward_model, demos):
 #
 # Four networks: policy pi and value net V are trained; reference pi_SFT and reward model r are frozen.
 
-
 @dataclass
 class Experience(Rollout):
     """A batch of episodes: a Rollout, whose logprobs are those of pi_old, the policy that sampled it, with
@@ -1035,7 +973,6 @@ class Experience(Rollout):
     advantages: torch.Tensor                     # (B,T-1) whitened
     returns: torch.Tensor                        # (B,T-1)
     tokens_per_second: float                     # of the rollout
-
 
 @torch.no_grad()
 def make_experience(cfg, sampler, value_net, reference, reward_model, prompts, generator, estimate=gae):
@@ -1066,7 +1003,6 @@ def make_experience(cfg, sampler, value_net, reference, reward_model, prompts, g
                       values=values, raw_advantages=advantages, advantages=whiten(advantages, r.mask),
                       returns=returns, tokens_per_second=speed)
 
-
 def update(cfg, policy, value_net, adams, e, picked, web, lr_factor):
     """One minibatch, the rows picked (b,) of the Experience e: one optimizer step for the policy, one for the
     value net. web (m,block): pretraining rows for the mix, or None. Returns numbers for the log."""
@@ -1091,7 +1027,6 @@ def update(cfg, policy, value_net, adams, e, picked, web, lr_factor):
     return {"clip": clipped.float().mean().item(), "grad": norm, "ptx": ptx_loss.item(),
             "vloss": v_loss.item(), "change": change.abs().max().item()}
 
-
 def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, estimate=gae):
     """RL from the SFT model against the reward model. records: list of {"ids", "task"}; corpus: text for the
     mix, or None for plain PPO; world: the checker, which knows gold, for the log alone. Returns the EMA of
@@ -1099,7 +1034,7 @@ def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, e
     device = sft_model.wte.weight.device
     reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
     # V starts as the reward model (3.5): that scores whole texts, V learns to say the same of beginnings.
-    value_net = copy_of(reward_model)
+    value_net = copy_of(freeze(reward_model))
     adams = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
     sampler = Sampler(policy, cfg.episodes, cfg.block_size, cfg.max_new_tokens, enc.eot_token,
                       cfg.temperature, graph=device.type == "cuda")
@@ -1135,7 +1070,6 @@ def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, e
         print(f"{stage}: the average has gone {way:.0%} of the way from SFT to the policy: lower --ema")
     return average
 
-
 def summary(e, numbers):
     """
     score     of the reward model, demonstrations are at 0; finished: of the responses that ended
@@ -1160,7 +1094,6 @@ def summary(e, numbers):
         line[name] = mean([x[name] for x in numbers])
     return {name: float(x) for name, x in line.items()}
 
-
 def ledger(cfg, enc, e):
     """The first episode as text, in the action frame, a line per response token."""
     columns = {"log pi": e.logprobs, "log ref": e.ref_logprobs,
@@ -1181,7 +1114,6 @@ def ledger(cfg, enc, e):
 # its mix included. DPO and KTO need neither a reward model nor a rollout: they learn from the comparisons.
 # RLAIF is the paper's method with a model as the labeler.
 
-
 def reinforce(rewards, values, mask, discount=1.0, lam=1.0):
     """REINFORCE with a baseline (Williams 1992), in gae's place: no value net (the loop's learns on, unread)
     and no credit for single tokens; each gets its whole episode's reward, less the mean of the batch.
@@ -1193,7 +1125,6 @@ def reinforce(rewards, values, mask, discount=1.0, lam=1.0):
     centred = total - total[:, 0].mean()                                        # (B,T-1)
     return zero_outside(mask, centred), zero_outside(mask, total)
 
-
 def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
     """DPO (Rafailov et al. 2023). The optimum of Eq. 2 without its mix is pi_ref * exp(r / beta) / Z(x), so
     r = beta * log pi/pi_ref + beta * log Z(x). In Eq. 1 the Z cancels: the policy is its own reward model.
@@ -1203,12 +1134,10 @@ def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
     Log-probs are sums over the response, (B,) each -> scalar; log 2 where the policy is the reference."""
     return -F.logsigmoid(beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))).mean()
 
-
 def kto_kl0(logp, ref_logp):
     """KTO's reference point, an estimate of KL(pi || pi_ref): the mean log-ratio of mismatched pairs, a
     prompt with a response to another one; never below 0, without gradient. Sums, (B,) each -> scalar."""
     return (logp - ref_logp).mean().clamp(min=0).detach()
-
 
 def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
     """KTO (Ethayarajh et al. 2024, the latest version: beta stands outside of kl0) on answers without a
@@ -1221,16 +1150,14 @@ def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
     margin = beta * (logp - ref_logp - kl0)                                     # (B,)
     return torch.where(desirable, lambda_d * torch.sigmoid(-margin), lambda_u * torch.sigmoid(margin)).mean()
 
-
 def response_logprobs(model, prompts, responses):
     """log pi(y|x) of N rows of ids, each a sum over the response: (N,)."""
     tokens, mask, _ = stack(prompts, responses, model.wte.weight.device)        # (N,T), (N,T-1)
     return token_logprobs(model, tokens, 1.0, mask).sum(1)
 
-
 def compared(batch):
-    """Of the rows of rows_of: which pairs (i, j) of one prompt the labeler decided for i; and for each row
-    how many pairs it won less how many it lost. Only the order of the ranks counts, not their size."""
+    """Of the rows of rows_of: the pairs (i, j) in which i is the better one, and for each row how many pairs
+    it won less how many it lost. Only the order of the ranks counts, not their size."""
     pairs, merit, first = [], [], 0
     for _, _, ranks in batch:
         kept = [rank for rank in ranks if rank > 0]
@@ -1239,7 +1166,6 @@ def compared(batch):
         merit += [sum((other > mine) - (other < mine) for other in kept) for mine in kept]
         first += len(kept)
     return pairs, merit
-
 
 def train_dpo(cfg, enc, sft_model, comparisons):
     """The SFT model after one pass over all pairs of the comparisons, at PPO's beta and learning rate."""
@@ -1260,12 +1186,9 @@ def train_dpo(cfg, enc, sft_model, comparisons):
         steps.log(loss=loss.item())
     return freeze(policy)
 
-
 def another_prompt(data, i):
     """The next encoded comparison after the i-th whose prompt is another one; itself, if there is none."""
-    places = [(i + n) % len(data) for n in range(1, len(data))]
-    return next((data[j] for j in places if data[j][0] != data[i][0]), data[i])
-
+    return next((row for row in data[i:] + data[:i] if row[0] != data[i][0]), data[i])
 
 def train_kto(cfg, enc, sft_model, comparisons):
     """The SFT model after one pass over the single answers of the comparisons: an answer is desirable if it
@@ -1279,10 +1202,9 @@ def train_kto(cfg, enc, sft_model, comparisons):
         prompts, responses = rows_of(batch)
         desirable = torch.tensor(compared(batch)[1], device=policy.wte.weight.device) > 0      # (N,)
         # each prompt with the responses to another one
-        mismatched = [(data[i][0],) + another_prompt(data, i)[1:] for i in plan[step]]
+        other = rows_of([(data[i][0],) + another_prompt(data, i)[1:] for i in plan[step]])
         with torch.no_grad():
-            kl0 = kto_kl0(response_logprobs(policy, *rows_of(mismatched)),
-                          response_logprobs(reference, *rows_of(mismatched)))
+            kl0 = kto_kl0(response_logprobs(policy, *other), response_logprobs(reference, *other))
             ref_logp = response_logprobs(reference, prompts, responses)         # (N,)
         logp = response_logprobs(policy, prompts, responses)                    # (N,)
         loss = kto_loss(logp, ref_logp, desirable, kl0, cfg.beta)
@@ -1290,7 +1212,6 @@ def train_kto(cfg, enc, sft_model, comparisons):
         clip_and_step(policy, optimizer, cfg.policy_lr * cosine(step, len(plan)))
         steps.log(loss=loss.item())
     return freeze(policy)
-
 
 @torch.no_grad()
 def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
@@ -1306,9 +1227,9 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
         for c in comparisons[step * size:][:size]:
             x, answers, _ = encode_comparison(enc, c, cfg.max_new_tokens)
             good, rude = [enc.encode_ordinary(probes[page]) + x for page in ("good page", "rude page")]
-            scores = 0
-            for prompt, weight in ((good, 1), (rude, -0.5), (encode_prompt(enc, ""), -0.5)):
-                scores = scores + weight * response_logprobs(gpt, [prompt[-room:]] * len(answers), answers)    # (K,)
+            asked = [[prompt[-room:]] * len(answers) for prompt in (good, rude, encode_prompt(enc, ""))]
+            of_good, of_rude, alone = [response_logprobs(gpt, prompts, answers) for prompts in asked]
+            scores = of_good - of_rude / 2 - alone / 2                          # (K,) as the others
             ranks = 1 + (scores > scores[:, None]).sum(1)                       # (K,) 1 + how many are better
             ranked.append({**c, "ranks": ranks.tolist(), "labeler": "GPT"})
         steps.log(prompts=len(ranked))
@@ -1317,27 +1238,20 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation (section 4). Every model answers the same prompts with the same random numbers. Shares are 0..1.
-# What labelers and checker say is the toy world's business (report() in data/toyworld.py); here stands what
-# can be measured with any data, and what needs the model itself.
+# What labelers and checker say is made in report() of data/toyworld.py. Here stands what needs the model.
 
 # name in the results -> stage
 MODELS = {"GPT": "pretrain", "FLAN": "flan", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx",
           "REINFORCE": "reinforce", "DPO": "dpo", "KTO": "kto", "RLAIF": "rlaif"}
 BASE_MODELS = ("GPT", "GPT (prompted)", "rival GPT")       # their answers run on, and are cut at a newline
 
-
 def above(a, b):
     """1 if a > b, 0 if a < b, one half if they are equal."""
     return 0.5 if a == b else float(a > b)
 
-
 def means_by(keys, values):
     """{key: mean of its values}, sorted."""
-    groups = {}
-    for key, value in zip(keys, values):
-        groups.setdefault(key, []).append(value)
-    return {key: mean(groups[key]) for key in sorted(groups)}
-
+    return {key: mean([x for k, x in zip(keys, values) if k == key]) for key in sorted(set(keys))}
 
 def hits(mine, theirs, ids):
     """Over the pairs of unequal responses of one prompt on which `theirs` has a preference: 1 where `mine`
@@ -1345,15 +1259,13 @@ def hits(mine, theirs, ids):
     pairs = [(i, j) for i in range(len(ids)) for j in range(i) if ids[i] != ids[j] and theirs[i] != theirs[j]]
     return [1 - abs(above(mine[i], mine[j]) - above(theirs[i], theirs[j])) for i, j in pairs]
 
-
 def judge_reward_model(cfg, enc, reward_model, comparisons):
     """On held-out comparisons: accuracy against the labeler. In the toy world also the agreement of a second
     labeler on the same pairs, and the accuracy on pairs that differ in gold."""
     accuracy, agreement, gold, use_cases = [], [], [], []
     encoded = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
-    prompts = [prompt for prompt, responses, _ in encoded for _ in responses]
-    responses = [ids for _, responses, _ in encoded for ids in responses]
-    scores = iter(score_all(reward_model, prompts, responses))
+    rows = [(prompt, ids) for prompt, responses, _ in encoded for ids in responses]
+    scores = iter(score_all(reward_model, [x for x, _ in rows], [y for _, y in rows]))
     for c, (_, ids, _) in zip(comparisons, encoded):
         order = [-rank for rank in c["ranks"]]             # rank 1 is best
         score = [next(scores) for _ in ids]
@@ -1367,29 +1279,25 @@ def judge_reward_model(cfg, enc, reward_model, comparisons):
     return {"accuracy": mean(accuracy), "agreement": mean(agreement), "gold_accuracy": mean(gold),
             "gold_accuracy_by_use_case": means_by(use_cases, gold)}
 
-
 def scores_of(cfg, reward_model, prompts, answers):
     """The reward of each Answer: the model's score, or the fixed one where it did not end."""
     scores = score_all(reward_model, prompts, [answer.ids for answer in answers])
     return [score if answer.ended else cfg.unfinished_score for score, answer in zip(scores, answers)]
 
-
 @torch.no_grad()
 def kl_of(reference, prompts, answers):
     """k3 and k1 (nats per response) of each Answer to the reference: two lists. Where GPT's line was cut, its
     newline meets the reference's EOS, so GPT's KL is only an indication."""
-    device, kl = reference.wte.weight.device, [None] * len(prompts)
+    device, k3, k1 = reference.wte.weight.device, torch.zeros(len(prompts)), torch.zeros(len(prompts))
     lengths = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
     for part in parts_by_length(lengths, tokens_at_once(device)):
         tokens, mask, _ = stack([prompts[i] for i in part], [answers[i].ids for i in part], device)
         own = torch.tensor([x for i in part for x in answers[i].logprobs], device=device)      # (N,)
         own = torch.zeros(mask.shape, device=device).masked_scatter(mask, own)  # (b,t-1)
         ref = token_logprobs(reference, tokens, 1.0, mask)                      # (b,t-1), 0 where own is
-        both = zip(kl_k3(own, ref).sum(1).tolist(), kl_k1(own, ref).sum(1).tolist())
-        for i, pair in zip(part, both):
-            kl[i] = pair
-    return zip(*kl)
-
+        k3[part] = kl_k3(own, ref).sum(1).cpu()
+        k1[part] = kl_k1(own, ref).sum(1).cpu()
+    return k3.tolist(), k1.tolist()
 
 @torch.no_grad()
 def exact_kl(policy, reference, tokens, mask):
@@ -1398,7 +1306,6 @@ def exact_kl(policy, reference, tokens, mask):
     p = log_softmax(policy(tokens)[:, :-1], 1.0)                                # (B,T-1,V)
     q = log_softmax(reference(tokens)[:, :-1], 1.0)                             # (B,T-1,V)
     return zero_outside(mask, (p.exp() * (p - q)).sum(-1)).sum(1)
-
 
 @torch.no_grad()
 def bias_bits(model, enc, request, items):
@@ -1412,14 +1319,12 @@ def bias_bits(model, enc, request, items):
         bits.append(torch.special.entr(q).sum().item() / math.log(2))
     return mean(bits)
 
-
 def few_shot(model, enc, items):
     """Share of exact continuations at temperature 0 on a task of the corpus: the alignment tax (4.2)."""
     wanted = [enc.encode_ordinary(p["answer"]) for p in items]
     prompts = [enc.encode_ordinary(p["prompt"]) for p in items]
     answers = respond(model, enc, prompts, max(map(len, wanted)) + 1, None, temperature=0)
     return mean([answer.ids[:len(ids)] == ids for answer, ids in zip(answers, wanted)])
-
 
 @torch.no_grad()
 def corpus_losses(model, corpus, block_size):
@@ -1429,34 +1334,28 @@ def corpus_losses(model, corpus, block_size):
     parts = rows.split(max(1, tokens_at_once(device) // block_size))
     return torch.cat([-token_logprobs(model, part).mean(1) for part in parts]).tolist()
 
-
 def question(cfg, data, name, model, sets):
     """A model answers all sets of prompts -> {set: Answers}. GPT (prompted) is GPT with a good example in
     front of the prompt, where there is room for it (3.5)."""
     enc, room, answers = data.enc, cfg.block_size - cfg.max_new_tokens, {}
     generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # for all models the same luck
-    prefix = data.probes["prefix"] if name == "GPT (prompted)" else ""
     for which, items in sets.items():
         prompts = [encode_prompt(enc, p["prompt"]) for p in items]
         lengths = [len(prompt) for prompt in prompts]      # so all models are cut into the same parts
-        for i, p in enumerate(items):
-            long = encode_prompt(enc, prefix + p["prompt"])
-            prompts[i] = long if len(long) <= room else prompts[i]
+        if name == "GPT (prompted)":
+            longer = [encode_prompt(enc, data.probes["prefix"] + p["prompt"]) for p in items]
+            prompts = [long if len(long) <= room else short for long, short in zip(longer, prompts)]
         answers[which] = respond(model, enc, prompts, cfg.max_new_tokens, generator,
                                  one_line=name in BASE_MODELS, lengths=lengths)
     return answers
-
 
 def plain(answers):
     """Answers as the toy world takes them."""
     return [(answer.text, answer.ended) for answer in answers]
 
-
 def half_width(x):
     """Of the 95 % interval of a mean over prompts."""
-    middle = mean(x)
-    return 1.96 * math.sqrt(mean([(v - middle) ** 2 for v in x]) / max(1, len(x)))
-
+    return 1.96 * float(np.std(x)) / math.sqrt(len(x)) if len(x) else 0.0
 
 def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, opponents):
     """All numbers of a model: means over prompts, in ci95 their half-widths, and a few that are no means."""
@@ -1479,56 +1378,44 @@ def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, oppon
     return {**{key: mean(v) for key, v in lists.items()}, **other,
             "ci95": {key: half_width(v) for key, v in lists.items()}}
 
-
 def evaluate(cfg, data, models, reward_model, comparisons):
-    """models: {name in the results: GPT}, comparisons: held-out ones -> (what results.json says of the reward
-    model and the models, {model: {set: Answers}})."""
+    """models: {name: GPT}; comparisons: held-out ones -> (parts of results.json, {name: {set: Answers}})."""
     judged = judge_reward_model(cfg, data.enc, reward_model, comparisons)
     if data.world and "PPO-ptx" in models:
         # PPO uses the reward model up: among the policy's answers it sees hardly a difference any more.
         prompts = [p for p in data.rm_prompts if p["split"] == "valid"][:300]
         new = collect(cfg, "again", data.enc, models["PPO-ptx"], prompts, data.world.label_comparisons)
-        again = judge_reward_model(cfg, data.enc, reward_model, new)
-        judged["gold_accuracy_ppo_ptx"] = again["gold_accuracy"]
+        new = judge_reward_model(cfg, data.enc, reward_model, new)
+        judged["gold_accuracy_ppo_ptx"] = new.get("gold_accuracy", 0.5)
     sets = data.world.question_sets(data.tests, data.probes) if data.world else {"tests": data.tests}
-    answers, results, steps = {}, {}, Steps(cfg, "evaluate", len(models))
+    answers, steps = {}, Steps(cfg, "evaluate", len(models))
     for _, name in zip(steps, models):
         answers[name] = question(cfg, data, name, models[name], sets)
         steps.log(answers=sum(map(len, answers[name].values())))
-    opponents = {"sft": "SFT", "gpt": "GPT", "prompted": "GPT (prompted)", "flan": "FLAN", "rival": "rival GPT"}
+    opponents = dict(sft="SFT", gpt="GPT", prompted="GPT (prompted)", flan="FLAN", rival="rival GPT")
     opponents = {key: plain(answers[name]["tests"]) for key, name in opponents.items() if name in answers}
-    for name, model in models.items():
-        results[name] = measure(cfg, data, model, models["GPT"], models["SFT"], reward_model, sets,
-                                answers[name], opponents)
+    others = models["GPT"], models["SFT"], reward_model, sets
+    results = {name: measure(cfg, data, models[name], *others, answers[name], opponents) for name in models}
     return {"reward_model": judged, "models": results}, answers
-
 
 # columns of the table: name in results.json -> its heading
 COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
-           "win_vs_rival": "over rival", "gold": "gold 1-7", "likert": "Likert",
-           "truthful_informative": "true", "hallucinates": "invents", "rude": "rude",
-           "rude_respectful": "..asked", "tax": "tax", "reward": "reward", "kl_k1": "KL", "ended": "ended"}
-
+           "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true",
+           "hallucinates": "invents", "rude": "rude", "tax": "tax", "reward": "reward", "kl_k1": "KL"}
 
 def table(results):
     """The results as text: a row per model, a column for what was measured."""
     keys = [key for key in COLUMNS if key in results["GPT"]]
     lines = [" " * 15 + "".join(f"{COLUMNS[key]:>11}" for key in keys)]
     for name, result in results.items():
-        cells = {key: f"{result[key]:.3f}" if key == "tax" else f"{result[key]:.2f}" for key in keys}
-        for key in keys:
-            if key.startswith("win"):
-                cells[key] += f"±{result['ci95'][key]:.2f}"
-        lines.append(f"{name:15}" + "".join(f"{cell:>11}" for cell in cells.values()))
+        lines.append(f"{name:15}" + "".join(f"{result[key]:11.3f}" for key in keys))
     return "\n".join(lines)
-
 
 def on_a_line(text, ended):
     """An answer as the screen shows it; a control character is shown by its escape."""
     text = text.replace("\n", " / ")
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return (shown or "(nothing)") + ("" if ended else " ...")
-
 
 def samples(data, answers):
     """The same prompts answered by each model: some that the toy world chooses, or your first 20."""
@@ -1543,32 +1430,24 @@ def samples(data, answers):
 # ------------------------------------------------------------------------------------------------------------
 # Files. What can go wrong with a file becomes one line: where, what it must be, what was met.
 
-
 class UserError(Exception):
     """A mistake of the user's: printed as one line, exit code 2."""
-
-
-class Place:
-    line = None                                  # of the file, counted from 1; None: not one line
-
 
 @contextmanager
 def reading(path, must):
     """Around the decoding of a file: whatever comes up becomes a UserError that says where (set .line), what
     the file must be, and what was met."""
-    at = Place()
+    at = argparse.Namespace(line=None)                     # from 1 on; None: not one line
     try:
         yield at
-    except UserError:
-        raise
     except Exception as e:
+        if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
+            raise                                          # the file may be right: main tells it
         where = path if at.line is None else f"{path}:{at.line}"
         met = e.strerror if isinstance(e, OSError) else " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{where}: must be {must}; met {met}") from e
 
-
 CHECKPOINT = "a whole checkpoint of this version (remove it, and it is made again)"
-
 
 def load(path, device="cpu", peek=False):
     """A checkpoint of ours as a dict; UserError for any other file. It is data: nothing in it is executed.
@@ -1577,10 +1456,8 @@ def load(path, device="cpu", peek=False):
         if not peek and z.testzip():                       # torch.load does not compare the checksums
             raise ValueError(f"a changed {z.testzip()}")
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=peek)
-        if not isinstance(checkpoint["seconds"], float):   # each of ours has them
-            raise ValueError("a file of something else")
-        return checkpoint
-
+        dict(checkpoint["mark" if path.endswith(".pt") else "state"])           # each of ours has them
+        return {**checkpoint, "seconds": float(checkpoint["seconds"])}
 
 def save(path, x):
     """Writes text or a checkpoint aside, onto the disk, then renames: a file is there whole or as it was.
@@ -1597,13 +1474,12 @@ def save(path, x):
     except (OSError, RuntimeError) as e:                   # torch.save hides a full disk in a RuntimeError
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise UserError(f"{path}: must be writable; met {e.__context__ or e}; what was there is whole") from e
-
+        met = e if isinstance(e, OSError) else e.__context__ or e
+        raise UserError(f"{path}: must be writable; met {met}; what was there is whole") from e
 
 def json_lines(rows):
     """Rows as the text of a file, one per line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
-
 
 def pack(made):
     """What a stage made, a model or comparisons, as plain data."""
@@ -1612,24 +1488,24 @@ def pack(made):
     head = "lm" if made.head is None else "scalar"
     return {"config": asdict(made.config), "head": head, "weights": made.state_dict()}
 
-
-def unpack(path, device):
-    """What a checkpoint holds, a model (frozen) or comparisons; and the seconds that it took."""
+def finished(cfg, stage, device):
+    """What a finished stage made: a model, frozen, or comparisons. UserError if it is not there."""
+    path = os.path.join(cfg.out, stage + ".pt")
+    if not os.path.exists(path):
+        raise UserError(f"{path}: must be there: python instructgpt.py {stage} --out {cfg.out} makes it")
     checkpoint = load(path, device)
     if "comparisons" in checkpoint:
-        return checkpoint["comparisons"], checkpoint["seconds"]
+        return checkpoint["comparisons"]
     with reading(path, CHECKPOINT):
         model = GPT(GPTConfig(**checkpoint["config"]), checkpoint["head"]).to(device)
         model.load_state_dict(checkpoint["weights"])
-    return freeze(model), checkpoint["seconds"]
-
+    return freeze(model)
 
 LONGEST = 400_000                                # characters per line: a tokenizer fails at a million blanks
 TEXT = f"UTF-8 text, not only blanks, without NUL, in lines of at most {LONGEST:,} characters"
 # GPT-2's pieces: contraction; word, number or signs, with a space before them; blanks, but for that space.
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-
 
 def read_text(path):
     """The text of a UTF-8 file. A byte order mark is ignored, CRLF is LF, and a line of blanks is empty."""
@@ -1639,7 +1515,7 @@ def read_text(path):
         lines = raw.split(b"\n")
         for at.line, line in enumerate(lines, 1):
             text = line.decode()
-            if "\0" in text or len(text) > LONGEST:
+            if "\0" in text or len(text) > LONGEST and not raw.lstrip().startswith(b"["):
                 raise ValueError(f"{len(text):,} characters, {line.count(0)} of them NUL")
             lines[at.line - 1] = text if text.strip() else ""
         at.line = None
@@ -1647,11 +1523,9 @@ def read_text(path):
             raise ValueError("nothing but blanks")
     return "\n".join(lines)
 
-
 def find_encoding(name):
-    """tiktoken's encoding of this name, from its cache or the network, or that of a rank file. We parse a
-    file ourselves because tiktoken's loader caches local files by their path and would miss a change, and
-    because tiktoken panics at odd ranks."""
+    """tiktoken's encoding of this name, or that of a rank file. Files are parsed here because tiktoken caches
+    them by their path, so it would miss a change, and panics at odd ranks."""
     if name in tiktoken.list_encoding_names():
         with reading(f"--encoding {name}", "at hand, with a token for each id (gpt2), or name a rank file"):
             enc = tiktoken.get_encoding(name)
@@ -1669,7 +1543,6 @@ def find_encoding(name):
             raise ValueError("an empty token, or a byte without one")
     return tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
-
 def load_corpus(text, path, enc, length):
     """Pretraining text, documents between blank lines -> (tokens array (N,), places where rows may start).
     Rows start where a document does and, inside a long one, every `length` tokens, so all of it is read."""
@@ -1684,56 +1557,54 @@ def load_corpus(text, path, enc, length):
         raise UserError(f"{path}: must be at least --block_size {length} tokens long; met {len(tokens)}")
     return np.array(tokens, np.uint16 if enc.n_vocab <= 65536 else np.int32), starts
 
-
 FORMS = {"prompt": '{"prompt": text} or {"messages": [...]}',
          "demonstration": '{"prompt": text, "completion": text} or {"messages": [..., the assistant\'s]}',
-         "comparison": '{"prompt": text, "chosen": text, "rejected": text} or {"prompt": text, "responses": '
-                       '[texts], "ranks": [whole numbers, 1 = best]}'}
-
+         "comparison": '{"prompt", "chosen", "rejected"} or {"prompt", "responses", "ranks": [1 is best]}'}
 
 def conversation(prompt, answer):
-    """prompt and answer, each text, messages [{"role", "content"}, ...] or None -> (prompt, answer) as text:
-    the last message, if it is the assistant's, is the answer (else None); what stands before is the prompt.
-    The prompt may stand in the answer's messages, too or instead."""
+    """prompt and answer, each text, messages [{"role", "content"}, ...] or None -> (prompt, answer) as text.
+    The answer is the last message, if the assistant's. The answer's messages may hold the prompt too."""
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or []
     messages = after if after[:len(before)] == before else before + after
     texts = [m["content"] for m in messages]
     for text in texts:
-        if not isinstance(text, str) or "\0" in text:
+        if not isinstance(text, str) or "\0" in text or len(text) > LONGEST:
             raise ValueError(f"{json.dumps(text)[:40]} for text")
         text.encode()                                      # half of a surrogate pair is no text
     if messages[-1]["role"] != "assistant":
         return "\n".join(texts), None
+    if len(texts) == 1:
+        raise ValueError("an answer without a prompt")
     return "\n".join(texts[:-1]), texts[-1]
-
 
 def normal_form(row, kind):
     """A row of any format of its kind -> {"prompt", "responses": [texts], "ranks", "ended", "split"}. Of the
-    ranks only the order counts."""
-    prompt, answers = row.get("prompt"), row.get("responses", [row.get("chosen"), row.get("rejected")])
+    ranks only the order counts. Fields of another kind are not read."""
+    if kind != "comparison":
+        row = {name: x for name, x in row.items() if name in ("prompt", "completion", "messages")}
+    prompt, answers = row.get("prompt"), [row.get("completion", row.get("messages"))]
     if kind == "prompt":
         prompt, answers = row.get("prompt", row.get("messages")), [None]
-    elif kind == "demonstration":
-        answers = [row.get("completion", row.get("messages"))]
+    if kind == "comparison":
+        answers = row.get("responses", [row.get("chosen"), row.get("rejected")])
     pairs = [conversation(prompt, answer) for answer in answers]
     responses = [] if kind == "prompt" else [response for _, response in pairs]
     ranks = row["ranks"] if "responses" in row else [1, 2][:len(responses)]
     ended, split = row.get("ended", [True] * len(responses)), row.get("split")
-    types = {type(x) for x in ranks} <= {int} and {type(x) for x in ended} <= {bool}
-    if not types or None in responses or not len(responses) == len(ranks) == len(ended):
-        raise ValueError(f"{len(responses)} responses, ranks {ranks}, ended {ended}"[:80])
-    if kind == "comparison" and (len(ranks) < 2 or split not in (None, "train", "valid")):
-        raise ValueError(f"{len(ranks)} responses, split {split!r} (train or valid)")
+    right = {type(x) for x in ranks} <= {int} and {type(x) for x in ended} <= {bool} and None not in responses
+    right = right and isinstance(answers, list) and len({prompt for prompt, _ in pairs}) == 1
+    if kind == "comparison":
+        right = right and len(ranks) > 1 and split in (None, "train", "valid")
+    if not right or not len(responses) == len(ranks) == len(ended):
+        raise ValueError(f"{len(responses)} responses, split {split!r}, ranks {ranks}, ended {ended}"[:99])
     order = [1 + sum(other < rank for other in ranks) for rank in ranks]
     return {"prompt": pairs[0][0], "responses": responses, "ranks": order, "ended": ended, "split": split}
 
-
 def read_rows(cfg, enc, path, text, kind, world=None):
-    """The rows of a file in their normal form: an object per line, or all in one list if the file begins with
-    [. With a world each prompt needs a task that it knows. UserError names the first line that is wrong. Rows
-    that are blank or do not fit are left out, and counted in one line: a prompt has to leave room for a
-    response (App. C), and a response that ended must be one that could be sampled."""
+    """The rows of a file in normal form: an object per line, or one list if the file begins with [. A world
+    has to know the task of each prompt. Blank rows are left out, and those that do not fit: a prompt must
+    leave room for a response (App. C), and a response that ended must be one that could be sampled."""
     most, rows, n = cfg.max_new_tokens, [], 0
     with reading(path, FORMS[kind]) as at:
         lines = enumerate(text.split("\n"), 1)
@@ -1745,47 +1616,48 @@ def read_rows(cfg, enc, path, text, kind, world=None):
             if world and kind == "prompt":
                 row = {**given, **row}
                 world.instruction(row["task"])             # whatever is wrong with a task comes up here
-            typed = [row["prompt"]] + (row["responses"] if all(row["ended"]) else [])          # not sampled
+            typed = [row["prompt"]] + ([] if "ended" in given else row["responses"])           # not sampled
             whole = [text for text, ended in zip(row["responses"], row["ended"]) if ended]
-            sizes = [len(encode_response(enc, text)) for text in whole]
             fits = len(encode_prompt(enc, row["prompt"])) <= cfg.block_size - most
-            if fits and max(sizes, default=0) <= most and all(text.strip() for text in typed):
+            fits = fits and all(len(encode_response(enc, text)) <= most for text in whole)
+            if fits and all(text.strip() for text in typed):
                 rows.append(row)
-    told = (f"{path}: {n - len(rows)} of {n} rows are left out, as blank or too long (--block_size "
-            f"{cfg.block_size}, --max_new_tokens {most})")
+    told = f"{path}: {n - len(rows)} of {n} rows left out, blank or too long (--block_size, --max_new_tokens)"
     if not rows:
         raise UserError(told)
     if len(rows) < n:
         print(told)
     return rows
 
-
 def module_at(path):
     """The Python file at this path as a module; None if it is not there."""
     if not os.path.exists(path):
         return None
-    name = os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+    folder, name = os.path.split(path)
+    sys.path.insert(0, folder)
+    return importlib.import_module(name.removesuffix(".py"))
 
 class Data:
     """The folder of --data, read and checked before the first stage, so that a mistake is told at once. What
-    is not there is empty or None."""
+    is not there, and no wanted stage needs, is empty or None."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, wanted=()):
         self.cfg, self.folder, self.files = cfg, cfg.data or HERE, {}           # files: name -> fingerprint
         self.enc = enc = find_encoding(cfg.encoding or self.path("vocab.tiktoken"))
         self.remember("vocab.tiktoken", repr(enc.decode_tokens_bytes(range(enc.n_vocab))).encode())
         self.world = module_at(self.path("toyworld.py"))                        # None: your own data
-        self.probes = json.loads(self.text("probes.json")) if self.world else {}
+        needed = {name for stage in wanted for name in READS[stage][2].split()} - {"flan_train.jsonl"}
+        instead = {"comparisons.jsonl"} if self.world else {"rm_train.jsonl", "rm_valid.jsonl"}
+        self.needed = needed - instead - ({"pretrain.txt"} if cfg.init else set())
+        probes = self.text("probes.json")
+        with reading(self.path("probes.json"), "as toyworld.py writes it"):
+            self.probes = json.loads(probes) if self.world else {}
         if cfg.init:
-            with reading(cfg.init, "a file of GPT-2 weights"):
-                self.remember("init", np.memmap(cfg.init, mode="r"))
+            check_size(cfg.init, GPT.from_gpt2(cfg.init, cfg.n_head), cfg, enc)
+            self.remember("init", np.memmap(cfg.init, mode="r"))
         demos, n = self.rows("sft_train.jsonl", "demonstration"), cfg.rm_prompts
-        self.demos, self.public = self.pairs(demos), self.pairs(self.rows("flan_train.jsonl", "demonstration"))
+        public = self.rows("flan_train.jsonl", "demonstration")
+        self.demos, self.public = self.pairs(demos), self.pairs(public)
         self.rm_prompts = [{**p, "split": "train"} for p in self.rows("rm_train.jsonl", "prompt")[:n]]
         valid = self.rows("rm_valid.jsonl", "prompt")[:max(10, n // 10)]
         self.rm_prompts += [{**p, "split": "valid"} for p in valid]
@@ -1797,11 +1669,14 @@ class Data:
         if not self.world:
             trained = {p["prompt"] for p in demos + self.rm_prompts + self.comparisons + self.rl_prompts}
             known = sum(p["prompt"] in trained for p in self.tests)
-            print(f"test.jsonl: {known} of {len(self.tests)} prompts stand in training files too; the first "
-                  f"{cfg.test_prompts} are asked (--test_prompts)")
+            print(f"test.jsonl: {known} of {len(self.tests)} prompts stand in training files too; "
+                  f"the first {cfg.test_prompts} are asked (--test_prompts)")
         self.tests = self.tests[:cfg.test_prompts]
         self.corpus = self.read_corpus("pretrain.txt")
         self.corpus_valid = self.read_corpus("pretrain_valid.txt")
+        mixed = {"ppo_ptx", "reinforce", "sft"} if cfg.sft_mix else {"ppo_ptx", "reinforce"}
+        if not self.corpus and mixed & {*wanted}:
+            raise UserError(f"{self.path('pretrain.txt')}: must be there; without it: ppo, and --sft_mix 0")
 
     def path(self, name):
         """Of a file of the folder, or the one that --comparisons names."""
@@ -1812,10 +1687,11 @@ class Data:
         self.files[name] = hashlib.sha256(content).hexdigest()[:16]
 
     def text(self, name):
-        """The text of a file; "" if it is not there, but one that was named has to be."""
-        if not os.path.exists(self.path(name)) and self.path(name) != self.cfg.comparisons:
+        """The text of a file; "" if it is not there, neither needed nor named."""
+        path = self.path(name)
+        if not os.path.exists(path) and name not in self.needed and path != self.cfg.comparisons:
             return ""
-        text = read_text(self.path(name))
+        text = read_text(path)
         self.remember(name, text.encode())
         return text
 
@@ -1826,7 +1702,8 @@ class Data:
 
     def pairs(self, rows):
         """Demonstrations as ids: (prompt, response)."""
-        return [(encode_prompt(self.enc, d["prompt"]), encode_response(self.enc, *d["responses"])) for d in rows]
+        enc = self.enc
+        return [(encode_prompt(enc, d["prompt"]), encode_response(enc, *d["responses"])) for d in rows]
 
     def read_corpus(self, name):
         """Tokens and starts of a text."""
@@ -1837,16 +1714,16 @@ class Data:
         """Your comparisons get their split: their own or, where none has one, every fourth prompt is held
         out. In the toy world all are to learn from, since its labelers' validate."""
         prompts = list(dict.fromkeys(c["prompt"] for c in comparisons))
-        held_out = [] if self.world or any(c["split"] for c in comparisons) else prompts[3::4]
+        held_out = set() if self.world or any(c["split"] for c in comparisons) else set(prompts[3::4])
         for c in comparisons:
             c["split"] = "valid" if c["prompt"] in held_out else c["split"] or "train"
+            c["split"] = "train" if self.world else c["split"]
         for split in ("train", "valid"):
             part = [c for c in comparisons if self.world or c["split"] == split]
             if comparisons and not encode_comparisons(self.enc, part, self.cfg.max_new_tokens):
-                raise UserError(f"{self.path('comparisons.jsonl')}: must hold answers of unequal text and rank "
-                                f"in the split {split}, so four prompts or more; met {len(part)} without")
+                must = f"hold answers of unequal text and rank in the split {split}, so four prompts or more"
+                raise UserError(f"{self.path('comparisons.jsonl')}: must {must}; met {len(part)} without")
         return comparisons
-
 
 # What a folder remembers. A finished stage is stale if what it read is not the same any more: its settings,
 # and the text of its files. This table says which stage needs which other one, and what it reads besides.
@@ -1869,33 +1746,30 @@ READS = {                                        # stage: (needs, settings, file
     "judged": ("collect", "", "probes.json"),
     "rm_rlaif": ("judged", "rm_epochs rm_batch rm_lr", ""),
     "rlaif": ("rm_rlaif", PPO_READS + " ptx_coef ptx_rows", "ppo_train.jsonl"),
-    "evaluate": ("rm", "", "")}
-
+    "evaluate": ("rm", "", "test.jsonl")}
 
 def mark_of(stage, settings, files):
     """All that a stage and those before it read: {name of a setting or a file: its value or fingerprint}."""
     needs, own, own_files = READS[stage]
-    mark = mark_of(needs, settings, files) if needs else {}
-    mark.update({name: settings[name] for name in own.split()})
+    mark = {name: settings[name] for name in own.split()}
     mark.update({name: files.get(name) for name in own_files.split()})
-    return mark
-
+    return {**mark_of(needs, settings, files), **mark} if needs else mark
 
 def difference(then, now):
     """The first thing that is not the same in two marks, in words; "" if all is."""
-    changed = [name for name, value in now.items() if then.get(name) != value]
-    return f"{changed[0]} was {then.get(changed[0])!r}, is {now[changed[0]]!r}" if changed else ""
-
+    changed = [f"{name} was {then.get(name)!r}, is {x!r}" for name, x in now.items() if then.get(name) != x]
+    return changed[0] if changed else ""
 
 def remembered(folder):
     """(settings, files) of a folder's last command that trained or evaluated; empty without one."""
     path = os.path.join(folder, "settings.json")
     if not os.path.exists(path):
         return {}, {}
+    text = read_text(path)
     with reading(path, "as a run wrote it; remove it, and give the run's settings again"):
-        memory = json.loads(read_text(path))
-        return {name: x for name, x in memory["settings"].items() if hasattr(Config, name)}, memory["files"]
-
+        memory = json.loads(text)
+        settings = {name: x for name, x in memory["settings"].items() if hasattr(Config, name)}
+        return settings, dict(memory["files"])
 
 def accept(cfg, files, source):
     """Before a command trains: refuses it if --out holds a stage, finished or begun, that read something
@@ -1903,23 +1777,22 @@ def accept(cfg, files, source):
     now, (then, old_files), taken = asdict(cfg), remembered(cfg.out), []
     then = {**asdict(Config()), **then}
     for stage in list(READS)[:-1]:
-        mark, path = mark_of(stage, now, files), os.path.join(cfg.out, stage + ".pt")
+        mark, path = mark_of(stage, now, files), os.path.join(cfg.out, stage)
         theirs, changed = os.path.join(source or cfg.out, stage + ".pt"), ""
-        if os.path.exists(path):
-            changed = difference(load(path, peek=True)["mark"], mark)
-        elif os.path.exists(path.replace(".pt", ".part")):
+        if os.path.exists(path + ".pt"):
+            changed = difference(load(path + ".pt", peek=True)["mark"], mark)
+        elif os.path.exists(path + ".part"):
             changed = difference(mark_of(stage, then, old_files), mark)
         elif os.path.exists(theirs):
             other = difference(load(theirs, peek=True)["mark"], mark)
-            print(f"{stage}: {'not taken, ' + other if other else 'taken'} from {source}")
-            taken += [] if other else [(theirs, path)]
+            print(f"{stage}: not taken, {other}" if other else f"{stage}: taken from {source}")
+            taken += [] if other else [stage + ".pt"]
         if changed:
-            raise UserError(f"{path}: {changed}; give it as it was, or keep both: --from {cfg.out} --out NEW")
+            raise UserError(f"{path}.pt: {changed}; give that as it was, or --from {cfg.out} --out NEW")
     with reading(f"--out {cfg.out}", "a folder that can be written"):
         os.makedirs(cfg.out, exist_ok=True)
-        for theirs, path in taken:
-            shutil.copyfile(theirs, path + ".tmp")
-            os.replace(path + ".tmp", path)
+    for name in taken:
+        save(os.path.join(cfg.out, name), load(os.path.join(source, name)))
     settings = {name: x for name, x in now.items() if name not in ("out", "device", "save_every")}
     save(os.path.join(cfg.out, "settings.json"), json.dumps({"settings": settings, "files": files}, indent=1))
 
@@ -1927,11 +1800,10 @@ def accept(cfg, files, source):
 # ------------------------------------------------------------------------------------------------------------
 # GPT-2 weights as published (Radford et al. 2019; 124M to 1.5B), in pretraining's place.
 
-
 def read_safetensors(path):
     """Name -> tensor. Such a file holds the length of its header (8 bytes, little-endian), the header, {name:
-    {"dtype", "shape", "data_offsets": [from, to]}} as JSON, and the bytes that the offsets count. The file is
-    mapped: a tensor comes into memory as it is used. Masks, which may be of another type, are left out."""
+    {"dtype", "shape", "data_offsets": [from, to]}} as JSON, and the bytes that the offsets count. What is no
+    number with a fraction, as masks, is left out."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     data, tensors = np.memmap(path, mode="r"), {}
     start = 8 + int.from_bytes(data[:8], "little")
@@ -1942,11 +1814,9 @@ def read_safetensors(path):
             tensors[name] = torch.frombuffer(values, dtype=dtypes[x["dtype"]]).view(x["shape"])
     return tensors
 
-
 def from_gpt2(path, n_head=0):
-    """A GPT with the weights of a .safetensors file or, in a file of any other name, of a state dict. Names
-    may begin with "transformer."; names and shapes tell the sizes, but for the heads: n_head of them or, if
-    0, heads 64 wide, as all of GPT-2's. UserError names the first tensor that does not fit."""
+    """A GPT with the weights of a .safetensors file or, in a file of another name, of a state dict. Names and
+    shapes tell the sizes, but for the heads: n_head of them or, if 0, heads 64 wide, as all of GPT-2's."""
     with reading(path, "GPT-2 weights as published, a .safetensors file or a state dict"):
         if str(path).endswith(".safetensors"):
             there = read_safetensors(path)
@@ -1955,57 +1825,42 @@ def from_gpt2(path, n_head=0):
         there = {name.removeprefix("transformer."): x for name, x in there.items()}
         vocab, width = there["wte.weight"].shape
         layers = len({name.split(".")[1] for name in there if name.startswith("h.")})
+        if width % (n_head or 64):
+            raise ValueError(f"a width of {width}: {n_head or '64 wide'} heads do not divide it (--n_head)")
         heads = n_head or width // 64
-        if width % heads:
-            raise ValueError(f"a width of {width}, which {heads} heads do not divide (--n_head)")
+        head, weights = there.pop("lm_head.weight", there["wte.weight"]), {}
+        if not torch.equal(head, there["wte.weight"]):
+            raise ValueError("a lm_head.weight of its own, where GPT-2's is tied to wte.weight")
+        for name, x in there.items():
+            if x.is_floating_point() and not name.endswith((".attn.bias", ".attn.masked_bias")):       # masks
+                # GPT-2's Conv1D holds (in,out), a Linear (out,in).
+                weights[name] = x.t() if name.startswith("h.") and x.ndim == 2 else x
         with torch.device("meta"):                         # no memory, no random numbers: the file fills it
             model = GPT(GPTConfig(vocab, len(there["wpe.weight"]), layers, heads, width, gelu="tanh"))
         model = model.to_empty(device="cpu")
-        for name, p in model.named_parameters():
-            x = there.pop(name)
-            if name.startswith("h.") and x.ndim == 2:
-                x = x.t()                                  # GPT-2's Conv1D holds (in,out), a Linear (out,in)
-            if x.shape != p.shape or not x.is_floating_point():
-                raise ValueError(f"{name} of {x.dtype} {tuple(x.shape)}, where {tuple(p.shape)} is due")
-            p.data.copy_(x)
-        head = there.pop("lm_head.weight", model.wte.weight)
-        if not torch.equal(head.float(), model.wte.weight):
-            raise ValueError("a lm_head.weight of its own, where GPT-2's is tied to wte.weight")
-        if any(not name.endswith((".attn.bias", ".attn.masked_bias")) for name in there):      # but for masks
-            raise ValueError(f"tensors that a GPT-2 of {layers} layers does not have: {list(there)}")
+        model.load_state_dict(weights)                     # all of them, and in the right shapes
     print(f"{path}: {layers} layers, {heads} heads of {width // heads}, {vocab} tokens")
     return model
 
-
 GPT.from_gpt2 = staticmethod(from_gpt2)
 
-
-def start_from_gpt2(cfg, enc, device):
-    """In pretraining's place: the model of --init. UserError if it does not fit encoding and context."""
-    model = GPT.from_gpt2(cfg.init, cfg.n_head)
+def check_size(name, model, cfg, enc):
+    """UserError if a model does not fit encoding and context."""
     words, room = model.config.vocab_size, model.config.block_size
     if words != enc.n_vocab or room < cfg.block_size:
-        raise UserError(f"{cfg.init}: must have the {enc.n_vocab} tokens of --encoding (GPT-2: gpt2) and "
-                        f"--block_size {cfg.block_size} positions or more; met {words} and {room}")
-    return freeze(model.to(device))
+        raise UserError(f"{name}: must have the {enc.n_vocab} tokens of --encoding (GPT-2: gpt2) and room "
+                        f"for --block_size {cfg.block_size}; met {words} and {room}")
+
+def start_from_gpt2(cfg, enc, corpus, device):
+    """In pretraining's place: the model of --init, which has read another corpus."""
+    return freeze(GPT.from_gpt2(cfg.init, cfg.n_head).to(device))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # You: rankings (3.4) and questions, typed.
 
-
-def finished(cfg, stage, device):
-    """The model of a finished stage; UserError if there is none."""
-    path = os.path.join(cfg.out, stage + ".pt")
-    if not os.path.exists(path):
-        raise UserError(f"{path}: must be there: python instructgpt.py {stage} --out {cfg.out} makes it")
-    return unpack(path, device)[0]
-
-
 def ask(prompt):
     """A line that the user types; "q" at the end of input (Ctrl-D). A pipe's line is shown as a typed one."""
-    if importlib.util.find_spec("readline"):
-        importlib.import_module("readline")                # arrow keys
     try:
         line = input(prompt)
     except EOFError:
@@ -2013,46 +1868,41 @@ def ask(prompt):
     print(end="" if sys.stdin.isatty() else line + "\n")
     return line.strip()
 
-
 def read_ranking(text, K):
-    """A typed ranking of K answers, best first: "3 > 1 = 4 > 2" -> [2, 4, 1, 2], the ranks of answers 1 to K
-    as the labelers give them, 1 + how many are better. ValueError, one sentence, if it is none."""
+    """A typed ranking of K answers, best first: "3 > 1 = 4 > 2" -> [2, 4, 1, 2], the ranks of answers 1 to K:
+    1 + how many are better. ValueError if it is none."""
     ranks, better = {}, 0
     for group in text.split(">"):
-        words = [word.strip() for word in group.split("=")]
-        for word in words:
-            ranks[word] = better + 1
-        better += len(words)
+        equal = [word.strip() for word in group.split("=")]
+        ranks.update(dict.fromkeys(equal, better + 1))
+        better += len(equal)
     if better != K or set(ranks) != {str(i + 1) for i in range(K)}:
         raise ValueError(f"name each of 1 to {K} once, with > or = between them")
     return [ranks[str(i + 1)] for i in range(K)]
-
 
 def ask_ranking(K):
     """Asks until a ranking of K answers, "s" (skip) or "q" (quit) is typed: the ranks, "s" or "q"."""
     while True:
         typed = ask("ranking: ")
-        if typed in ("s", "q"):
-            return typed
         try:
-            return read_ranking(typed, K)
+            return typed if typed in ("s", "q") else read_ranking(typed, K)
         except ValueError as e:
             print(f"{e}, best first, such as 3 > 1 = 2; s skips, q quits")
 
-
 def label(cfg, data, device):
     """You rank answers of the SFT model to those prompts of rm_train.jsonl that OUT/labels.jsonl has not yet.
-    A ranking is on the disk, as a comparison, before the next prompt comes."""
-    enc, path, done = data.enc, os.path.join(cfg.out, "labels.jsonl"), []
-    policy, prompts = finished(cfg, "sft", device), [p for p in data.rm_prompts if p["split"] == "train"]
-    if os.path.exists(path):
-        done = read_rows(cfg, enc, path, read_text(path), "comparison")
-    tasks, ranked = {p["prompt"]: p.get("task") for p in prompts}, {c["prompt"] for c in done}
-    for number, p in enumerate(prompts):
-        if p["prompt"] in ranked:
+    Each ranking is saved at once, as a comparison."""
+    enc, path, before, done = data.enc, os.path.join(cfg.out, "labels.jsonl"), "", []
+    policy = finished(cfg, "sft", device)
+    if os.path.exists(path):                               # what was typed once is never written anew
+        before = read_text(path).rstrip("\n") + "\n"
+        done = read_rows(cfg, enc, path, before, "comparison")
+    ranked, tasks = {c["prompt"] for c in done}, {p["prompt"]: p.get("task") for p in data.rm_prompts}
+    for p in data.rm_prompts:
+        if p["prompt"] in ranked or p["split"] != "train":
             continue
         asked = [encode_prompt(enc, p["prompt"])] * cfg.k_min
-        answers = respond(policy, enc, asked, cfg.max_new_tokens, seed(cfg, "label", number, device))
+        answers = respond(policy, enc, asked, cfg.max_new_tokens, seed(cfg, "label", p["prompt"], device))
         shown = list(dict.fromkeys(plain(answers)))        # each answer once
         if len(shown) < 2:
             continue
@@ -2066,23 +1916,22 @@ def label(cfg, data, device):
             continue
         done.append({"prompt": p["prompt"], "responses": [text for text, _ in shown], "ranks": ranks,
                      "ended": [ended for _, ended in shown]})
-        save(path, json_lines(done))
+        before += json_lines(done[-1:])
+        save(path, before)
         if data.world:
             yours = [{**c, "task": tasks[c["prompt"]]} for c in done if c["prompt"] in tasks]
             hits = data.world.your_agreement(yours, random.Random(cfg.seed))
             print(f"agreement so far {mean(hits):.2f} of {len(hits)} pairs (labelers among themselves: 0.73)")
-    print(f"{len(done)} rankings in {path}. To train on them:\n"
-          f"  python instructgpt.py ppo evaluate --from {cfg.out} --out NEW --comparisons {path}")
-
+    print(f"{path}: {len(done)} rankings; for a run: --from {cfg.out} --out NEW --comparisons {path}")
 
 def chat(cfg, data, device, names):
     """Models (names in the results; none: all that are there) answer typed questions greedily, side by side,
-    with reward and KL to SFT. UserError if a checkpoint is missing."""
+    with reward and KL to SFT."""
     enc, room = data.enc, cfg.block_size - cfg.max_new_tokens
     there = [name for name, stage in MODELS.items() if os.path.exists(os.path.join(cfg.out, stage + ".pt"))]
     models = {name: finished(cfg, MODELS[name], device) for name in names or there}
     sft_model, reward_model = finished(cfg, "sft", device), finished(cfg, "rm", device)
-    print("Ask; q quits. reward: demonstrations are at 0; *: no end, so fixed. KL to SFT, nats per response")
+    print("Ask; q quits. Reward: demonstrations are at 0; *: no end, so fixed. KL to SFT, nats per response")
     while True:
         text = ask("> ")
         if text == "q":
@@ -2100,13 +1949,12 @@ def chat(cfg, data, device, names):
             tokens, mask, _ = stack([ids], [answers[0].ids], device)            # (1,T), (1,T-1)
             kl = exact_kl(model, sft_model, tokens, mask).item()
             reward, = scores_of(cfg, reward_model, [ids], answers)
-            fixed, shown = " " if answers[0].ended else "*", on_a_line(answers[0].text, answers[0].ended)
-            print(f"{name:9}{reward:6.2f}{fixed}{kl:6.2f}  {shown}")
+            fixed = " " if answers[0].ended else "*"
+            print(f"{name:9}{reward:6.2f}{fixed}{kl:6.2f}  " + on_a_line(answers[0].text, answers[0].ended))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The command: stages with their checkpoints, Figure 2 from left to right, flags.
-
 
 class Run:
     """The stages of one output folder."""
@@ -2129,36 +1977,30 @@ class Run:
             print(f"{name}: {seconds:.0f} s; {path}\n", flush=True)
         if os.path.exists(part):
             os.remove(part)
-        made, self.seconds[name] = unpack(path, self.device)
-        return made
-
+        self.seconds[name] = load(path, peek=True)["seconds"]
+        return finished(self.cfg, name, self.device)
 
 def run(cfg, wanted, data, device, rival):
     """Figure 2 of the paper, from left to right. wanted: names of stages; rival: another GPT or None."""
     job, enc, world = Run(cfg, wanted, data.files, device), data.enc, data.world
     # Step 0 and 1: a language model, which learns to follow instructions from demonstrations
-    if cfg.init:
-        gpt = job.stage("pretrain", start_from_gpt2, enc, device)
-    else:
-        gpt = job.stage("pretrain", pretrain, enc, data.corpus, device)
+    gpt = job.stage("pretrain", start_from_gpt2 if cfg.init else pretrain, enc, data.corpus, device)
     sft_model = job.stage("sft", sft, "sft", gpt, data.demos, data.corpus)
     flan = job.stage("flan", sft, "flan", gpt, data.public, data.corpus) if data.public else None
     # Step 2: labelers compare its answers, and a reward model learns from them
-    comparisons, export = None, os.path.join(cfg.out, "comparisons.jsonl")
+    ranked = []
     if world:
-        comparisons = job.stage("collect", collect, "collect", enc, sft_model, data.rm_prompts,
-                                world.label_comparisons)
-    if comparisons and not os.path.exists(export):
-        save(export, json_lines(comparisons))              # to be read by people: the run has its checkpoint
-    comparisons = comparisons or []
-    if data.comparisons:                                   # yours, in place of the labelers' to learn from
-        comparisons = data.comparisons + [c for c in comparisons if c["split"] == "valid"]
-    train = [c for c in comparisons if c["split"] == "train"]
-    valid = [c for c in comparisons if c["split"] == "valid"]
+        ranked = job.stage("collect", collect, "collect", enc, sft_model, data.rm_prompts,
+                           world.label_comparisons) or []
+    export = os.path.join(cfg.out, "comparisons.jsonl")
+    if ranked and not os.path.exists(export):              # for people to read: the run has its checkpoint
+        save(export, json_lines(ranked))
+    train = [c for c in data.comparisons or ranked if c["split"] == "train"]    # yours, or the labelers'
+    valid = [c for c in data.comparisons + ranked if c["split"] == "valid"]
     reward_model = job.stage("rm", train_reward_model, "rm", enc, sft_model, train, data.demos)
     if reward_model:
-        good = judge_reward_model(cfg, enc, reward_model, valid)
-        print("reward model: right on " + ", ".join(f"{x:.2f} ({k})" for k, x in good.items() if type(x) is float))
+        shares = judge_reward_model(cfg, enc, reward_model, valid)
+        print("Good enough?", ", ".join(f"{k} {x:.2f}" for k, x in shares.items() if type(x) is float))
     # Step 3: PPO against the reward model, without and with the pretraining mix; and the neighbours
     given = enc, sft_model, reward_model, data.rl_prompts
     models = {"GPT": gpt, "GPT (prompted)": gpt if world else None, "FLAN": flan, "SFT": sft_model,
@@ -2179,35 +2021,27 @@ def run(cfg, wanted, data, device, rival):
         job.seconds["evaluate"] = time.time() - begun
         report(cfg, job.seconds, gpt, results, samples(data, answers), world)
 
-
 def report(cfg, seconds, gpt, results, shown, world):
     """Writes results.json, samples.txt and picture.svg; prints samples and table."""
     seconds = {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()}
     config = {**asdict(cfg), **asdict(gpt.config), "block_size": cfg.block_size, "torch": torch.__version__,
               "device": str(gpt.wte.weight.device), "threads": torch.get_num_threads()}
     results = {"config": config, "seconds": seconds, **results}
-    if world:
-        results["claims"] = world.claims(results)
-    text = json.dumps(results, indent=1)
-    save(os.path.join(cfg.out, "results.json"), text + "\n")
+    results["claims"] = world.claims(results) if world else []
+    save(os.path.join(cfg.out, "results.json"), json.dumps(results, indent=1) + "\n")
     save(os.path.join(cfg.out, "samples.txt"), shown + "\n")
-    print(f"\n{shown}\n\n{table(results['models'])}\n\nReward model on held-out comparisons:")
-    print(", ".join(f"{name} {x:.3f}" for name, x in results["reward_model"].items() if type(x) is float))
-    if world:
-        print("\n" + world.claims_table(results["claims"]))
-    else:
-        print("Nobody knows the true quality here. The reward was optimised, so it rose: read the samples.")
+    closing = "Nobody knows the true quality here. The reward was optimised, so it rose: read the samples."
+    closing = world.claims_table(results["claims"]) if world else closing
     picture = module_at(os.path.join(HERE, "picture.py"))
-    print("\n".join(picture.draw(cfg.out) if picture else []))
+    healthy = "\n".join(picture.draw(cfg.out)) if picture else ""
+    print(f"\n{shown}\n\n{table(results['models'])}\n\n{closing}\n\n{healthy}")
     print(f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, log.jsonl, ...")
-
 
 def find_device(name):
     """The torch device of this name, made the current one; without a name a CUDA GPU or, where there is none,
     the CPU. MPS is taken only by name, and from torch 2.12 on: before, its attention was silently wrong."""
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
-    if torch.backends.mps.is_available() and torch.__version__ >= "2.12":
-        there.append("mps")
+    there += ["mps"] if torch.backends.mps.is_available() and torch.__version__ >= "2.12" else []
     name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
     if name not in there:
         raise UserError(f"--device: must be one of {', '.join(there)}; met {name}")
@@ -2216,18 +2050,16 @@ def find_device(name):
         torch.backends.cuda.enable_cudnn_sdp(False)        # plans anew, some 30 ms, for each shape it meets
     return torch.device(name)
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):                              # one line instead of the whole usage
         raise UserError(f"{message}; see: python instructgpt.py --help")
 
-
 def parse(argv):
     """Command line -> (arguments, Config, names of the stages that are wanted). A setting that is not given
-    has the value of --smoke, or else that of --out's last run, of --from's, or the default. UserError."""
+    has the value of --smoke, or else that of --out's last run, of --from's, or the default."""
     parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("stages", nargs="*", choices=[*READS, "chat", "label", []], metavar="stage",
-                        help=f"any of {', '.join(READS)}, or chat, or label; none: the whole paper")
+    known = f"any of {', '.join(READS)}, or chat, or label; none: the whole paper"
+    parser.add_argument("stages", nargs="*", metavar="stage", help=known)
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="who answers in chat")
     parser.add_argument("--from", dest="source", metavar="DIR", help="take what fits from this finished run")
     parser.add_argument("--rival", metavar="DIR", help="evaluate beside this run's GPT (the paper's 175B)")
@@ -2238,20 +2070,21 @@ def parse(argv):
     a = parser.parse_args(argv)
     flags = {f.name: getattr(a, f.name) for f in fields(Config) if getattr(a, f.name) is not None}
     for name in ("data", "comparisons", "init", "encoding"):
-        if os.path.exists(flags.get(name, "")):            # the folder may be used from another one later
-            flags[name] = os.path.abspath(flags[name])
-    if flags.get("init"):
-        flags = {"n_head": 0, **flags}                     # as many as the file's width tells
+        path = flags.get(name, "")                         # the folder may be used from another one later
+        if os.path.exists(path) and path not in tiktoken.list_encoding_names():
+            flags[name] = os.path.abspath(path)
     if a.smoke:
         flags = {"out": "out_smoke", **SMOKE, **flags}
     theirs = remembered(a.source)[0] if a.source else {}
-    cfg = Config(**{**theirs, **remembered(flags.get("out", Config.out))[0], **flags})
+    theirs.update(remembered(flags.get("out", Config.out))[0])
+    if "init" in flags and not theirs.get("init"):
+        theirs["n_head"] = 0                               # as many as the file's width tells
+    cfg = Config(**{**theirs, **flags})
     wanted = set(a.stages or ["flan", "ppo", "ppo_ptx", "evaluate"])
     for stage in reversed(READS):                          # what a stage needs stands before it
         if stage in wanted and READS[stage][0]:
             wanted.add(READS[stage][0])
     return a, cfg, wanted
-
 
 def check(cfg, a):
     """UserError, by name, for what cannot work."""
@@ -2259,37 +2092,19 @@ def check(cfg, a):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if type(value) is not type(f.default) or type(value) is not str and not low <= value <= high:
             raise UserError(f"--{f.name}: must be {type(f.default).__name__}, {low} to {high:g}; met {value}")
-    talk = {"chat", "label"} & {*a.stages}
-    heads = cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0
+    other = not a.source or os.path.realpath(a.source) != os.path.realpath(cfg.out)
     for right, told in (
-            (not talk or len(a.stages) == 1, "chat and label stand alone"),
-            (not a.models or talk == {"chat"}, "--models goes with chat"),
-            (not talk or os.path.isdir(cfg.out), f"--out {cfg.out}: no such folder"),
+            ({*a.stages} <= {*READS, "chat", "label"}, f"{' '.join(a.stages)}: must be {', '.join(READS)}"),
+            (len(a.stages) < 2 or not {"chat", "label"} & {*a.stages}, "chat and label stand alone"),
+            (not a.models or a.stages == ["chat"], "--models goes with chat"),
             (not a.source or os.path.isdir(a.source), f"--from {a.source}: no such folder"),
-            (not a.source or not os.path.exists(cfg.out) or not os.path.samefile(a.source, cfg.out),
-             f"--from {a.source}: is --out; give another"),
-            (heads, f"--n_embd {cfg.n_embd}: must be a multiple of --n_head {cfg.n_head}"),
+            (other, f"--from {a.source}: is --out; give another"),
+            (cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0, "--n_embd: must be a multiple of --n_head"),
             (cfg.k_min <= cfg.k_max, f"--k_max {cfg.k_max}: must be at least --k_min {cfg.k_min}"),
             (cfg.episodes >= cfg.minibatches, f"--minibatches {cfg.minibatches}: must be at most --episodes"),
             (cfg.block_size > cfg.max_new_tokens + 8, "--block_size must hold prompt and --max_new_tokens")):
         if not right:
             raise UserError(told)
-
-
-def check_files(cfg, wanted, data):
-    """UserError if a wanted stage needs a file of --data that is not there."""
-    corpus, ranked = data.corpus, data.rm_prompts if data.world else data.comparisons
-    for stages, name, there in (
-            ({"pretrain"}, "pretrain.txt", corpus or cfg.init), ({"sft"}, "sft_train.jsonl", data.demos),
-            ({"sft"}, "pretrain.txt", corpus or not cfg.sft_mix),
-            ({"ppo_ptx", "reinforce"}, "pretrain.txt", corpus),
-            ({"collect"}, "rm_train.jsonl" if data.world else "comparisons.jsonl", ranked),
-            ({"ppo", "ppo_ptx", "reinforce"}, "ppo_train.jsonl", data.rl_prompts),
-            ({"evaluate"}, "test.jsonl", data.tests)):
-        if wanted & stages and not there:
-            raise UserError(f"{data.path(name)}: must be there for {', '.join(wanted & stages)} (without "
-                            "pretrain.txt: --init FILE --sft_mix 0, and ppo alone)")
-
 
 def main(argv=None):
     """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake; 130 after Ctrl-C."""
@@ -2300,17 +2115,15 @@ def main(argv=None):
         torch.set_flush_denormal(True)                     # peaked softmaxes are full of denormals, and slow
         a, cfg, wanted = parse(argv)
         check(cfg, a)
-        device, data = find_device(cfg.device), Data(cfg)
+        device, data = find_device(cfg.device), Data(cfg, wanted & READS.keys())
         if a.stages == ["chat"]:
             chat(cfg, data, device, a.models)
         elif a.stages == ["label"]:
             label(cfg, data, device)
         else:
-            check_files(cfg, wanted, data)
             rival = finished(replace(cfg, out=a.rival), "pretrain", device) if a.rival else None
-            words, room = (len(rival.wte.weight), len(rival.wpe.weight)) if rival else (data.enc.n_vocab, 1e9)
-            if words != data.enc.n_vocab or room < cfg.block_size:
-                raise UserError(f"--rival {a.rival}: must have this run's vocabulary and --block_size")
+            if rival:
+                check_size(f"--rival {a.rival}", rival, cfg, data.enc)
             accept(cfg, data.files, a.source)
             other = [f"{name} {x}" for name, x in asdict(cfg).items() if x != getattr(Config, name)]
             print(f"{cfg.out}: settings that are not the defaults: {', '.join(other) or 'none'}")
@@ -2322,13 +2135,12 @@ def main(argv=None):
         code, told = 1, f"{e}; lower the learning rate of the stage that stopped: --from {cfg.out} --out NEW"
     except KeyboardInterrupt:
         code, told = 130, "stopped; the same command goes on where it last saved"
-    except RuntimeError as e:                              # torch.OutOfMemoryError is one too
-        if "memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:               # torch.OutOfMemoryError is one too
+        if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise
         told = f"out of memory: raise --minibatches, or lower --episodes, --sft_batch, --rm_batch ({e!s:.60})"
     print(f"instructgpt.py: {told}", file=sys.stderr)
     return code
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ COMPARED = ("ppo", "ppo_ptx")       # the stages in the reference
 SETTINGS = ("episodes", "minibatches", "policy_lr", "value_lr", "beta", "ptx_coef", "cliprange", "lam",
             "n_embd", "n_layer", "pretrain_steps")       # where one of them differs, so does the band
 REACH = 2                           # curves are means over five iterations: one, and two on each side of it
+WIDEN, NEARBY = 1.5, 5              # how far the band reaches beyond the healthy runs: see band()
 STREAK = 5                          # a curve leaves the band when it stays outside for so many iterations
 
 NAMES = {"pretrain": "GPT", "sft": "SFT", "flan": "FLAN", "rm": "RM", "ppo": "PPO", "ppo_ptx": "PPO-ptx",
@@ -104,14 +105,15 @@ def curve(history, stage, x, y, reach=REACH):
 
 def reference_of(histories):
     """Logs of healthy runs -> {"stages": {stage: {column: [[iteration, least, median, largest], ...]}}}, of
-    the runs' smoothed curves, over the iterations that every run has."""
+    the runs' smoothed curves, over the iterations that every run has. The first ones, hardly smoothed, are
+    left out."""
     stages = {}
     for stage in COMPARED:
         names = {name for row in histories[0] if row["stage"] == stage for name in row}
         for name in sorted(names - {"stage", "step", "tok/s"}):
             runs = [dict(curve(history, stage, "step", name)) for history in histories]
             rows = []
-            for step in sorted(set.intersection(*[set(run) for run in runs])):
+            for step in sorted(set.intersection(*[set(run) for run in runs]))[REACH:]:
                 values = [run[step] for run in runs]
                 summary = (min(values), median(values), max(values))
                 rows.append([step] + [float(f"{value:.4g}") for value in summary])
@@ -121,11 +123,14 @@ def reference_of(histories):
 
 
 def band(reference, stage, column):
-    """{iteration: (low, median, high)}. The band reaches from the least value of the healthy runs less half
-    of their range to the largest value plus half of their range."""
+    """{iteration: (low, median, high)}. The band reaches from the least value of the healthy runs less WIDEN
+    times their range to the largest value plus as much. The range is the widest of all iterations that are
+    at most NEARBY away. So wide, a healthy run that is left out stays inside the band of the others."""
+    rows = reference["stages"].get(stage, {}).get(column, [])
     bounds = {}
-    for step, least, middle, largest in reference["stages"].get(stage, {}).get(column, []):
-        room = (largest - least) / 2
+    for i, (step, least, middle, largest) in enumerate(rows):
+        near = rows[max(0, i - NEARBY):i + NEARBY + 1]
+        room = WIDEN * max(row[3] - row[1] for row in near)
         room += 0.001 * max(abs(least), abs(largest))        # the file holds four digits
         bounds[step] = (least - room, middle, largest + room)
     return bounds

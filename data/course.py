@@ -1,0 +1,1059 @@
+"""Exercises: write the functions of instructgpt.py yourself.
+
+    python data/course.py student                         lists the exercises
+    python data/course.py student gae --out mine          writes a folder in which gae is empty
+    python data/course.py student all --out mine          the same with every exercise empty
+    python data/course.py judge gae                       in that folder: judges your gae alone
+    python data/course.py student --break 3 --out mine    the whole file with one mistake; find it in a run
+    python data/course.py student --reveal 3              which mistake that was, and what gave it away
+    python data/course.py kl                              estimates of the KL, and what each is good for
+    python data/course.py check                           for teachers: tests and judge, judged themselves
+
+The student's file is computed from the true one. The true one travels in data/course_solution.bin, packed.
+"""
+import argparse
+import ast
+import contextlib
+import functools
+import importlib.util
+import inspect
+import io
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import types
+import warnings
+import zlib
+from base64 import b64decode, b64encode
+from dataclasses import dataclass, field, is_dataclass
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+SCRIPT, TESTS = "instructgpt.py", "test_instructgpt.py"
+SOLUTION = os.path.join(HERE, "course_solution.bin")
+
+# An exercise: key | function | minutes | where in the paper | whose idea | words of the tests' names. Below it
+# the wrong versions that people wrote: "the version that ..." | where it was seen. Below each what changes in
+# the true function: old >> new, or old and then the new lines, each behind a >>. Of the sources, sff-details
+# is vwxyzjn/summarize_from_feedback_details, and microppo is no-magic's.
+TABLE = r"""
+stack | stack | 20 | 3.2 | ours: the action frame | stack
+    masks the end-of-text out, so that ending is never trained | DeepSpeed-Chat ppo_trainer.py, nanochat
+        (column < lens[:, None] - 1) >> (column < lens[:, None] - 2)
+    starts the mask one column late, so the first response token is never trained | ttumiel summarize_gpt.py
+        column >= prompt_lens[:, None] - 1 >> column >= prompt_lens[:, None]
+        column < lens[:, None] - 1 >> column < lens[:, None]
+    takes a word for filler because it has the filler's id | mlabonne/llm-course#33, trl PR #5303
+        (column < lens[:, None] - 1) >> (column < lens[:, None] - 1) & (tokens[:, 1:] != 0)
+    points at the token before the end-of-text as the last | trlx ec75e99
+        (lens - 1).to(device) >> (lens - 2).to(device)
+corpus_batch | corpus_batch | 10 | 3.5 | ours: rows begin where documents do | corpus_batch
+    cuts rows anywhere, not where documents begin | nanoGPT train.py, on purpose there
+        torch.randint(len(starts), >> torch.randint(len(tokens) - length,
+        starts[chosen][:, None] >> chosen[:, None]
+    draws from PyTorch's own generator, so that a resumed run sees other rows | trl#1643
+        , generator=generator) >> )
+batches | batches | 15 | C.1 | ours | batches
+    makes one pass, whatever epochs says | trl ab0d11d81
+        range(epochs) >> range(1)
+    drops the rows that do not fill a batch | trl ppo_trainer.py, drop_last=True
+        range(0, len(order), size) >> range(0, len(order) - size + 1, size)
+    leaves the batches of a stretch in the order of their length | trlx 6f7f59d, an order of batches too
+        [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()] >> cut
+log_softmax | log_softmax | 5 | C.4 | the paper's: temperature 1 | log_softmax pick token_logprobs
+    ignores the temperature | microppo, minimind
+        if temperature != 1: >> if temperature == 0:
+    stays in half precision | minimind PR #814
+        logits.float() >> logits
+    divides the caller's own logits, which somebody reads later | logits /= T in many samplers
+        logits = logits / temperature >> logits /= temperature
+pick | pick | 15 | C.4 | the paper's: samples of the policy | pick
+    samples at the temperature but scores at 1 | microppo 828 and 843, rlhf-book utils.py
+        logprobs.gather(1, token) >> log_softmax(logits, 1.0).gather(1, token)
+    samples from the likeliest tokens but scores with the whole soft-max | nanochat chat_rl.py 49 and 264
+        cumulative = logprobs
+            >> kept = logprobs.topk(2).values[:, -1:]
+            >>     cumulative = logprobs.where(logprobs >= kept, -math.inf)
+    gives every row the first row's luck | nanochat, before 8f979a8
+        goal = uniforms >> goal = uniforms[:1]
+rollout | Sampler.step | 30 | C.4 | the paper's: batches of episodes | rollout
+    does not count the end-of-text as an action | nanochat engine.py 281 and 291
+        self.alive[:, None]) >> (self.alive & (token != self.eos))[:, None])
+    keeps what rows sample after their end | Ziegler et al. 2019 on purpose; microRLHF
+        token.masked_fill(~self.alive, 0) >> token
+        logprob.masked_fill(~self.alive, 0) >> logprob
+        self.alive[:, None]) >> torch.ones_like(self.alive)[:, None])
+    waits for the host at each step to ask whether all rows have ended | transformers generate()
+        self.cache.at(self.newest, width)
+            >> if not self.alive.any():
+            >>             return
+            >>         self.cache.at(self.newest, width)
+masked_mean | masked_mean | 5 | 3.5 | ours | masked_mean
+    divides by all slots, not by those of the mask | sff-details 761-764, in its log
+        mask.sum().clamp(min=1) >> mask.numel()
+    multiplies by the mask, so that a NaN behind it comes through | SkyRL#1633
+        zero_outside(mask, x).sum() >> (x * mask).sum()
+    gives NaN for an empty mask | NeMo-RL#158
+        mask.sum().clamp(min=1) >> mask.sum()
+    averages each row first | trl 7c1fa85ad
+        zero_outside(mask, x).sum() / mask.sum().clamp(min=1)
+            >> (zero_outside(mask, x).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+whiten | whiten | 10 | not stated | the ancestors': Ziegler et al. 2019 | whiten
+    counts the padding in mean and deviation | ttumiel ppo.py, the mask left as a TODO
+        masked_mean(x, mask) >> x.mean()
+        masked_mean(centred ** 2, mask) >> (centred ** 2).mean()
+    whitens each row by itself, padding included | minRLHF buffer.py 128-130
+        masked_mean(x, mask) >> x.mean(1, keepdim=True)
+        masked_mean(centred ** 2, mask) >> (centred ** 2).mean(1, keepdim=True)
+    divides by n - 1, so that a single token gives NaN | stable-baselines3#265
+        torch.rsqrt(masked_mean(centred ** 2, mask) + 1e-8) >> (1 / x[mask].std())
+    keeps the mean | lm-human-preferences, shift_mean=False, for rewards
+        + 1e-8)) >> + 1e-8) + masked_mean(x, mask))
+token_logprobs | token_logprobs | 20 | Eq. 2 | the paper's | token_logprobs
+    scores each token in the state that already holds it, one column late | PaLM-rlhf, before a159310
+        F.pad(tokens[:, 1:], (0, 1)) >> tokens
+        tokens[:, 1:][mask] >> tokens[:, :-1][mask]
+    scores at temperature 1 what was sampled at another | minimind, rlhf-book utils.py
+        log_softmax(model(tokens), temperature) >> log_softmax(model(tokens), 1.0)
+        log_softmax(logits, temperature) >> log_softmax(logits, 1.0)
+    ignores the mask | trlx 8edcd9d
+        if mask is None: >> if True:
+lm_loss | lm_loss | 10 | 3.5, C.1 | the paper's; that the prompt is masked, ours | lm_loss section_35_rows
+    trains the prompt too | trl SFTTrainer, its default for years
+        if mask is None:
+            >> logprobs = token_logprobs(model, tokens)
+            >>     if True:
+    divides by all columns, prompt and filler included | sff-details 761-764, in its log
+        -masked_mean(logprobs, mask) >> -logprobs.mean()
+    averages each row first, so that a token of a short response weighs more | trl 7c1fa85ad, 1b1140aa6
+        -masked_mean(logprobs, mask) >> -(logprobs.sum(1) / mask.sum(1).clamp(min=1)).mean()
+reward_scores | reward_scores | 5 | 3.5 | the paper's; where it is read, ours | reward_scores section_35_rows
+    reads the last column, filler or not | microRLHF train_ppo_gae.py
+        == last[:, None] >> == torch.full_like(last, tokens.size(1) - 1)[:, None]
+    reads the token before the end-of-text | trlx a369dad, ec75e99
+        == last[:, None] >> == last[:, None] - 1
+    averages over all positions, filler too | DeepSpeed-Chat trains its reward model so
+        return reward_model(tokens, keep=read) >> return reward_model(tokens).mean(1)
+reward_loss | reward_loss | 30 | Eq. 1 | the paper's; ties, ours | reward_loss eq1
+    divides by C(K,2) twice | minChatGPT loss.py 82-84
+        total / pairs.clamp(min=1) >> total / pairs.clamp(min=1) ** 2
+    takes the log of the sigmoid, -inf at -100 | minChatGPT loss.py 81, DeepSpeedExamples#423
+        F.logsigmoid(margin) >> torch.log(torch.sigmoid(margin))
+    makes pairs of ties | rlhf-book#503, equal completions as a pair
+        (ranks[:, :, None] < ranks[:, None, :]) >> (ranks[:, :, None] <= ranks[:, None, :])
+normalise_reward | normalise_reward | 10 | 3.5 | the paper's | normalise_reward
+    takes the mean over other texts than the demonstrations | microppo 755-794
+        score_all(reward_model, prompts, responses) >> score_all(reward_model, prompts, prompts)
+    scales the scores too, so that beta loses its unit | lm-human-preferences, on purpose there
+        reward_model.head.bias -=
+            >> spread = torch.tensor(score_all(reward_model, prompts, responses)).std()
+            >>     reward_model.head.weight /= spread
+            >>     reward_model.head.bias /= spread
+            >>     reward_model.head.bias -=
+kl_k1 | kl_k1 | 2 | Eq. 2 | the paper's | kl_k1
+    has the sign of minus the KL, so that leaving is paid for | rlhf-book loss.py 49-59
+        logprobs - ref_logprobs >> ref_logprobs - logprobs
+    is half the squared log-ratio, k2 | minRLHF 93-94, microppo 905-911
+        return logprobs - ref_logprobs >> return 0.5 * (logprobs - ref_logprobs) ** 2
+    is k3, whose gradient as a reward is another one | trl kl_estimator="k3"
+        return logprobs - ref_logprobs
+            >> return torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)
+kl_k3 | kl_k3 | 10 | 3.5 | Schulman 2020 | kl_k3
+    has k3 the wrong way round | rlhf-book loss.py 23-33, minChatGPT trainers.py 174-177
+        torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)
+            >> torch.expm1(logprobs - ref_logprobs) - (logprobs - ref_logprobs)
+    is half the squared log-ratio, k2 | minRLHF 93-94, microppo 905-911
+        torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)
+            >> 0.5 * (ref_logprobs - logprobs) ** 2
+    loses its digits in exp(x) - 1 | rlhf-book, before PR #525
+        torch.expm1(ref_logprobs - logprobs) - >> torch.exp(ref_logprobs - logprobs) - 1 -
+token_rewards | token_rewards | 20 | Eq. 2, 3.5 | the paper's | token_rewards
+    puts the score into the last column, filler or not | microRLHF train_ppo_gae.py
+        mask & ~F.pad(mask[:, 1:], (0, 1)) >> F.pad(torch.zeros_like(mask[:, 1:]), (0, 1), value=True)
+    puts the score one column behind the end | sff-details 670-685, with a second mask
+        mask & ~F.pad(mask[:, 1:], (0, 1)) >> ~mask & F.pad(mask[:, :-1], (1, 0))
+    pays for the KL instead of charging it | PaLM-rlhf, before 2bb47d4; Logic-RL#58
+        -beta * k1 >> beta * k1
+    charges the mean over the tokens, not their sum | rlhf-book, minChatGPT
+        -beta * k1 >> -beta * k1 / mask.sum(1, keepdim=True).clamp(min=1)
+gae | gae | 30 | C.4 | Schulman et al. 2016; lambda, the ancestors' | gae
+    lets V after the end into the last delta | trl PR #5303, DeepSpeed-Chat before 9cf985e4
+        zero_outside(mask, rewards), zero_outside(mask, values) >> zero_outside(mask, rewards), values
+        advantages + values >> advantages + zero_outside(mask, values)
+    lets the V of the last column in, although the episode is over | minRLHF buffer.py
+        next_value = torch.zeros_like(values[:, 0]) >> next_value = values[:, -1]
+    is the reward of the token minus its V | minChatGPT 224, PaLM-rlhf
+        delta + discount * lam * next_advantage, 0.) >> rewards[:, t] - values[:, t], 0.)
+    runs on through the columns outside the mask | radixark/miles PR #1827
+        torch.where(mask[:, t], delta + discount * lam * next_advantage, 0.)
+            >> delta + discount * lam * next_advantage
+policy_loss | policy_loss | 20 | C.4 | Schulman et al. 2017 | policy_loss
+    ignores the mask | minChatGPT loss.py 17-28
+        zero_outside(mask, logprobs), zero_outside(mask, old_logprobs) >> logprobs, old_logprobs
+        zero_outside(mask, advantages) >> advantages
+        -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
+            >> -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    takes the minimum before the advantage is multiplied in | takuseno/ppo#3
+        torch.minimum(ratio * advantages, clipped * advantages) >> torch.minimum(ratio, clipped) * advantages
+    takes the maximum in place of the minimum | yandexdataschool/Practical_RL#248
+        torch.minimum( >> torch.maximum(
+    averages each row first | trl 7c1fa85ad, 1b1140aa6
+        return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
+            >> rows = torch.minimum(ratio * advantages, clipped * advantages).sum(1)
+            >>     return -(rows / mask.sum(1).clamp(min=1)).mean()
+value_loss | value_loss | 15 | not stated | the ancestors': Ziegler et al. 2019, its code | value_loss
+    takes the minimum, so that a move away from the return costs nothing | leggedrobotics/rsl_rl#152
+        torch.maximum( >> torch.minimum(
+    lets the padding count | trlx 8edcd9d, sff-details 761-764
+        0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+            >> 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).mean()
+    takes the square after the maximum | implementation-matters/code-for-paper#1
+        torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+            >> torch.maximum(values - returns, clipped - returns) ** 2
+ema_update | ema_update | 5 | C.4 | the paper's | ema_update
+    has the decay the wrong way round | marin-community/levanter PR #883
+        1 - decay >> decay
+    moves the average away from the weights | ostris/ai-toolkit#1034
+        1 - decay >> decay - 1
+cosine | cosine | 10 | C.1, C.2 | the paper's | cosine
+    ends at 0, not at a tenth | PyTorch's CosineAnnealingLR, its default
+        0.55 + 0.45 * >> 0.5 + 0.5 *
+    never quite reaches its end | nanoGPT get_lr
+        steps - 1 - warmup >> steps - warmup
+    wastes the first step on a rate of 0 | nanoGPT get_lr, in its first form
+        (step + 1) / warmup >> step / warmup
+warmup_factor | warmup_factor | 5 | C.4 | the paper's | warmup_factor
+    starts at 0, not at a tenth | transformers get_constant_schedule_with_warmup
+        0.1 + 0.9 * min(1, iteration / warmup) >> min(1, iteration / warmup)
+    falls again after the warm-up | transformers get_linear_schedule_with_warmup
+        return 0.1 + 0.9 * min(1, iteration / warmup)
+            >> return max(0, 1 - abs(iteration - warmup) * 0.9 / warmup)
+adamw | adamw | 5 | App. C | the paper's | adamw
+    uses the first beta twice | minChatGPT trainers.py 121-128
+        (0.9, 0.95) >> (0.9, 0.9)
+    has PyTorch's betas | PyTorch's default
+        (0.9, 0.95) >> (0.9, 0.999)
+    decays the weights | PyTorch's default
+        weight_decay=0.0 >> weight_decay=0.01
+clip_and_step | clip_and_step | 10 | not stated | ours | clip_and_step
+    never clips, as if it clipped before backward | minChatGPT trainers.py 386-390
+        model.parameters(), 1.0) >> model.parameters(), math.inf)
+    leaves the gradients in place for the next step | minRLHF ppo_trainer.py
+        optimizer.zero_grad() >> pass
+make_experience | make_experience | 40 | C.4 | the paper's | make_experience
+    takes the KL to the policy that sampled, not to the SFT model | PaLM-rlhf 542-548
+        token_logprobs(reference, tokens, cfg.temperature, mask) >> r.logprobs[picked, :n - 1]
+    scores at temperature 1 what was sampled at another | minimind, microppo 843
+        token_logprobs(reference, tokens, cfg.temperature, mask)
+            >> token_logprobs(reference, tokens, 1.0, mask)
+    whitens the rewards, which pays for length or charges it | lm-human-preferences, but for its shift_mean
+        token_rewards(scores, r.logprobs, ref_logprobs, r.mask, cfg.beta)
+            >> whiten(token_rewards(scores, r.logprobs, ref_logprobs, r.mask, cfg.beta), r.mask)
+update | update | 40 | Eq. 2, C.4 | the paper's | update
+    takes the mix as a step of its own | DeepSpeed-Chat 362-371
+        (ppo_loss + cfg.ptx_coef * ptx_loss).backward() >> ppo_loss.backward()
+        # 7. The value net
+            >> if web is not None:
+            >>         (cfg.ptx_coef * lm_loss(policy, web)).backward()
+            >>         clip_and_step(policy, adams[0], cfg.policy_lr * lr_factor)
+            >>     # 7. The value net
+    clips before backward, when there is nothing to clip | minChatGPT trainers.py 386-390
+        norm = clip_and_step(policy, adams[0], cfg.policy_lr * lr_factor)
+            >> adams[0].param_groups[0]["lr"] = cfg.policy_lr * lr_factor
+            >>     adams[0].step()
+            >>     adams[0].zero_grad()
+            >>     norm = 0.0
+    scores at temperature 1 what was sampled at another | microppo 843
+        token_logprobs(policy, tokens, cfg.temperature, mask) >> token_logprobs(policy, tokens, 1.0, mask)
+reinforce | reinforce | 10 | not in the paper | Williams 1992 | reinforce
+    gives each token its own reward alone, so that only the last one gets the score | vivekkalyanarangan30
+        zero_outside(mask, rewards).sum(1, keepdim=True).expand(mask.shape) >> zero_outside(mask, rewards)
+    has no baseline | REINFORCE in its plainest form
+        total - total[:, 0].mean() >> total
+dpo_loss | dpo_loss | 15 | not in the paper | Rafailov et al. 2023 | dpo_loss
+    leaves the reference out | DPO's own code with reference_free=True
+        (logp_w - ref_logp_w) - (logp_l - ref_logp_l) >> logp_w - logp_l
+    takes the log of the sigmoid, -inf at -900 | minChatGPT loss.py 81
+        -F.logsigmoid(beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l)))
+            >> -torch.log(torch.sigmoid(beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))))
+kto_loss | kto_loss | 15 | not in the paper | Ethayarajh et al. 2024 | kto_loss
+    subtracts the reference point after beta, not before | the first version of KTO's paper
+        beta * (logp - ref_logp - kl0) >> beta * (logp - ref_logp) - kl0
+    has no reference point | trl loss_type="apo_zero_unpaired"
+        beta * (logp - ref_logp - kl0) >> beta * (logp - ref_logp)
+train_dpo | train_dpo | 40 | not in the paper | Rafailov et al. 2023 | train_dpo dpo_trains dpo_and_kto_start
+    has a reference that moves, because it is the policy itself | trl, which now refuses one object for both
+        policy, reference = copy_of(sft_model), freeze(sft_model) >> policy = reference = copy_of(sft_model)
+    divides the log-probs by the length | trl loss_type="ipo" and SimPO, on purpose there
+        response_logprobs(reference, prompts, responses)
+            >> response_logprobs(reference, prompts, responses) / torch.tensor([len(y) for y in responses])
+        response_logprobs(policy, prompts, responses)
+            >> response_logprobs(policy, prompts, responses) / torch.tensor([len(y) for y in responses])
+    takes one pair of each batch and not all | Zephyr's binarised UltraFeedback: one pair of four answers
+        compared(batch)[0] >> compared(batch)[0][:1]
+"""
+
+# Mistakes to be found in a run of the miniature: (key, how its title begins, what gave it away).
+BREAKS = (
+    ("gae", "is the reward of the token", "X"),
+    ("make_experience", "takes the KL to the policy that sampled", "X"),
+    ("reward_loss", "divides by C(K,2) twice", "X"),
+    ("stack", "masks the end-of-text out", "X"),
+    ("clip_and_step", "leaves the gradients in place", "X"))
+HEALTHY = """X"""
+
+# ------------------------------------------------------------------------------------------------------------
+# The table, and functions cut out of a source and put into one
+
+
+@dataclass
+class Wrong:
+    title: str                                   # completes "the version that ..."
+    source: str
+    edits: list = field(default_factory=list)    # of [old, [lines of the new text]]
+
+
+@dataclass
+class Exercise:
+    key: str
+    name: str                                    # the function, or Class.method
+    minutes: str
+    place: str
+    whose: str
+    words: list                                  # any of them in the name of a test: it judges this exercise
+    wrong: list = field(default_factory=list)
+
+    def expression(self):
+        """For pytest -k."""
+        return f"({' or '.join(self.words)}) and not course"
+
+
+def read_table(text):
+    """{key: Exercise}."""
+    exercises = {}
+    for line in text.strip("\n").split("\n"):
+        depth, line = len(line) - len(line.lstrip()), line.strip()
+        if depth == 0:
+            *cells, words = line.split(" | ")
+            exercise = exercises[cells[0]] = Exercise(*cells, words.split())
+        elif depth == 4:
+            exercise.wrong.append(Wrong(*line.split(" | ")))
+        elif line.startswith(">> "):
+            exercise.wrong[-1].edits[-1][1].append(line[3:])
+        else:
+            old, _, new = line.partition(" >> ")
+            exercise.wrong[-1].edits.append([old, [new] if new else []])
+    return exercises
+
+
+EXERCISES = read_table(TABLE)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+def write(path, text):
+    with open(path, "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+
+
+def true_source():
+    """The true instructgpt.py: unpacked in a student's folder, else the file beside data/."""
+    if os.path.exists(SOLUTION):
+        return zlib.decompress(b64decode(read(SOLUTION))).decode()
+    return read(os.path.join(ROOT, SCRIPT))
+
+
+@functools.lru_cache(maxsize=8)
+def parsed(source):
+    return ast.parse(source)
+
+
+def node_of(source, name):
+    """The ast node of a function or Class.method."""
+    node = parsed(source)
+    for part in name.split("."):
+        found = [n for n in node.body if getattr(n, "name", "") == part]
+        if not found:
+            raise SystemExit(f"{SCRIPT} has no {name}")
+        node = found[0]
+    return node
+
+
+def text_of(source, name):
+    """A function's lines, without its decorators."""
+    node = node_of(source, name)
+    return "\n".join(source.split("\n")[node.lineno - 1:node.end_lineno])
+
+
+def with_text(source, name, text):
+    """The source with other lines in a function's place."""
+    node, lines = node_of(source, name), source.split("\n")
+    return "\n".join(lines[:node.lineno - 1] + text.split("\n") + lines[node.end_lineno:])
+
+
+def with_body(source, name, body):
+    """A function's text with signature and docstring as they are, and one line as its body."""
+    node = node_of(source, name)
+    head = source.split("\n")[node.lineno - 1:node.body[0].end_lineno]
+    return "\n".join(head + [" " * (node.col_offset + 4) + body])
+
+
+def hole(source, exercise):
+    """The text of an emptied function."""
+    told = f"exercise {exercise.key}: python data/course.py judge {exercise.key}"
+    return with_body(source, exercise.name, f'raise NotImplementedError("{told}")')
+
+
+def wrong_text(source, exercise, wrong):
+    """The text of a wrong version. Each edit must apply: the table stays in step with the file."""
+    text = text_of(source, exercise.name)
+    for old, new in wrong.edits:
+        if old not in text:
+            raise SystemExit(f"{exercise.key}, {wrong.title}: no longer in the function: {old}")
+        text = text.replace(old, "\n".join(new))
+    return text
+
+
+def filled(source, key):
+    """A student's source with the true version in every exercise but this one."""
+    for exercise in EXERCISES.values():
+        if exercise.key != key:
+            source = with_text(source, exercise.name, text_of(true_source(), exercise.name))
+    return source
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Probes: a function's answers to given inputs. Two versions are told apart by their answers alone.
+
+VOCABULARY, EOS = 11, 10
+MASK = ((0, 0, 1, 1, 1, 1), (1, 0, 0, 0, 0, 0), (0, 1, 1, 1, 0, 0), (0, 0, 0, 0, 0, 0))
+PROMPTS = [[3], [1, 2, 0, 4, 5], [7, 7], [0, EOS, 9]]
+RESPONSES = [[4, 0, EOS], [EOS], [1, 2, 3, 0, 5, EOS], [6, 6]]
+ROUNDS = 5                                       # 0: nothing odd; behind the mask, 1: 100, 2: NaN; 3, 4: extremes
+SLOW = ("rollout", "make_experience", "update", "train_dpo")           # two rounds do
+
+
+class Letters:
+    """An encoding: a letter is one of ten ids."""
+    eot_token, n_vocab = EOS, VOCABULARY
+
+    def encode_ordinary(self, text):
+        return [ord(letter) % 10 for letter in text]
+
+
+class Given:
+    """The inputs of one round, made when asked for. A method is named after a parameter of the exercises."""
+
+    def __init__(self, ig, key, n, folder):
+        self.ig, self.torch, self.key, self.n, self.folder = ig, ig.torch, key, n, folder
+        self.made = {}
+
+    def generator(self):
+        return self.torch.Generator().manual_seed(self.n)
+
+    def normal(self, name, *shape):
+        seed = zlib.crc32(name.encode()) + self.n
+        return self.torch.randn(*shape, generator=self.torch.Generator().manual_seed(seed))
+
+    def numbers(self, name):
+        """What stands in the action frame, junk behind the mask included."""
+        mask, x = self.mask(), self.normal(name, 4, 6)
+        if self.key == "kl_k3" and name == "ref_logprobs" and self.n == 3:
+            return self.numbers("logprobs") + 1e-3 * x     # close together: digits matter
+        return x.masked_fill(~mask, (0.0, 100.0, math.nan, 0.0, 0.0)[self.n])
+
+    def mask(self):
+        mask = self.torch.tensor(MASK).bool()
+        if self.n == 3:                                    # one token in all
+            mask = mask & False
+            mask[2, 3] = True
+        return mask & (self.n != 4)                        # none at all
+
+    def tokens(self):
+        if self.key == "corpus_batch":
+            return self.torch.arange(60)
+        rows = self.torch.Generator().manual_seed(self.n)
+        return self.torch.randint(VOCABULARY, (4, 7), generator=rows)
+
+    def model(self, head="lm", seed=0):
+        torch, ig = self.torch, self.ig
+        torch.manual_seed(seed)
+        model = ig.GPT(ig.GPTConfig(VOCABULARY, 24, 2, 2, 16), head)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(10 * p if p.ndim == 2 else p + 0.2 * torch.randn_like(p))
+        if self.key == "clip_and_step":                    # what backward left
+            (1e3 * ig.lm_loss(model, self.tokens())).backward()
+        return model
+
+    def policy(self):
+        return self.model(seed=2)
+
+    def average(self):
+        return self.model(seed=3)
+
+    def reference(self):
+        return self.ig.freeze(self.model(seed=4))
+
+    sft_model = reference
+
+    def reward_model(self):
+        return self.ig.freeze(self.model("scalar", 5))
+
+    def value_net(self):
+        return self.model("scalar", 6)
+
+    def cfg(self):
+        return self.ig.Config(out=self.folder, max_new_tokens=6, temperature=0.7, beta=0.3, ptx_coef=0.6,
+                              policy_lr=0.3, value_lr=0.5, cliprange=0.1, rm_batch=2, lam=0.8)
+
+    def scores(self):
+        if self.key == "reward_loss":
+            scores = self.normal("scores", 4, 4) * (100 if self.n == 1 else 1)
+            return scores.masked_fill(self.ranks() == 0, math.nan if self.n == 2 else 0.0)
+        return self.normal("scores", 4)
+
+    def ranks(self):
+        return self.torch.tensor([[1, 2, 0, 2], [0, 0, 0, 0], [3, 1, 2, 4], [0, 1, 0, 0]])
+
+    def logits(self):
+        logits = 3 * self.normal("logits", 6, VOCABULARY)
+        return logits.bfloat16() if self.n == 3 else logits
+
+    def uniforms(self):
+        return self.torch.rand(6, generator=self.generator())
+
+    def sampler(self):
+        return self.ig.Sampler(self.policy(), 4, 24, 6, EOS, 0.7)
+
+    def e(self):
+        makers = (self.cfg, self.sampler, self.value_net, self.reference, self.reward_model)
+        return self.ig.make_experience(*[make() for make in makers], PROMPTS, self.generator())
+
+    def adams(self):
+        """Plain gradient descent: Adam would hide the size of a gradient."""
+        sgd = self.torch.optim.SGD
+        return sgd(self.value("policy").parameters(), 9.0), sgd(self.value("value_net").parameters(), 9.0)
+
+    def optimizer(self):
+        return self.torch.optim.SGD(self.value("model").parameters(), 9.0)
+
+    def corpus(self):
+        return self.tokens().numpy().astype("uint16"), self.torch.tensor([0, 7, 30, 41]).numpy()
+
+    def comparisons(self):
+        questions = (("ab", ["c", "dd", "e", "ffg"], [2, 1, 2, 3]), ("xyz", ["k", "lm"], [1, 2]))
+        return [{"prompt": prompt, "responses": texts, "ranks": ranks, "ended": [True] * len(texts)}
+                for prompt, texts, ranks in questions * 2]
+
+    def value(self, name):
+        """The input for a parameter; KeyError for one that keeps its default."""
+        fixed = {"prompts": PROMPTS, "responses": RESPONSES, "demos": list(zip(PROMPTS, RESPONSES)), "B": 4,
+                 "max_new_tokens": 6, "eos": EOS, "device": "cpu", "n": 6, "length": 5, "size": 4, "epochs": 2,
+                 "lengths": [7, 3, 9, 1, 4, 8, 2, 6, 5, 1, 3] * 9, "last": self.torch.tensor([6, 2, 4, 3]),
+                 "temperature": (1.0, 0.7, 1.5, 1.0, 0.5)[self.n], "beta": 0.3, "discount": 0.9, "lam": 0.8,
+                 "clip": 0.1, "decay": 0.9, "step": (0, 3, 7, 40, 19)[self.n], "steps": 20, "lr": 0.5,
+                 "warmup": (0, 5, 5, 5, 10)[self.n], "iteration": (0, 0, 3, 5, 40)[self.n], "lr_factor": 0.5,
+                 "picked": self.torch.tensor([2, 0, 3]), "web": self.tokens(), "enc": Letters(),
+                 "desirable": self.torch.tensor([True, False, True, True]), "kl0": self.torch.tensor(0.4)}
+        if name in fixed:
+            return fixed[name]
+        if name.startswith(("logp", "ref_logp")) and self.key in ("dpo_loss", "kto_loss"):
+            return self.normal(name, 4) * (900 if self.n == 3 else 1)
+        if name in ("x", "logprobs", "ref_logprobs", "old_logprobs", "advantages", "values", "old_values",
+                    "returns", "rewards"):
+            return self.numbers(name)
+        if name not in vars(Given):
+            raise KeyError(name)
+        if name not in self.made:
+            self.made[name] = getattr(self, name)()
+        return self.made[name]
+
+
+def flat(torch, x):
+    """Everything in a result, as a list of tensors."""
+    if isinstance(x, torch.Tensor):
+        return [x.detach().double()]
+    if isinstance(x, (bool, int, float)):
+        return [torch.tensor(float(x), dtype=torch.double)]
+    if isinstance(x, torch.nn.Module):
+        slopes = [p.grad.double() for p in x.parameters() if p.grad is not None]
+        return slopes + [p.detach().double() for p in x.parameters()]
+    if isinstance(x, torch.optim.Optimizer):
+        return flat(torch, [x.param_groups[0].get(name) for name in ("lr", "betas", "eps", "weight_decay")])
+    if is_dataclass(x):
+        x = [value for name, value in vars(x).items() if name != "tokens_per_second"]
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, (list, tuple)):
+        return [part for item in x for part in flat(torch, item)]
+    return []
+
+
+def host_waits(torch):
+    """A context that counts how often Python waits for a number of the device."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+            self.count += any(word in str(func) for word in ("_local_scalar_dense", "nonzero"))
+            return func(*args, **(kwargs or {}))
+    return Waits()
+
+
+def one_answer(ig, exercise, n, folder):
+    """Of one round: the result, what became of the inputs, and gradients."""
+    torch, given, inputs, leaves = ig.torch, Given(ig, exercise.key, n, folder), {}, []
+    function = getattr(ig, "rollout" if exercise.key == "rollout" else exercise.name)
+    for name in inspect.signature(function).parameters:
+        try:
+            value = given.value(name)
+        except KeyError:
+            continue
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            leaves.append(value.requires_grad_())
+            value = value * 1                              # no leaf: it may be changed in place
+        inputs[name] = value
+    waits = host_waits(torch) if exercise.key == "rollout" else contextlib.nullcontext()
+    with waits, contextlib.redirect_stdout(io.StringIO()):
+        result = function(**inputs)
+    numbers = flat(torch, result) + flat(torch, [x for x in inputs.values() if not is_dataclass(x)])
+    if exercise.key == "rollout":
+        numbers.append(torch.tensor(float(waits.count)))
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    outputs = [x for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    if leaves and outputs:
+        total = sum((x * torch.linspace(1, 2, x.numel()).view(x.shape)).sum() for x in outputs)
+        numbers += flat(torch, list(torch.autograd.grad(total, leaves, allow_unused=True)))
+    return numbers
+
+
+def answers(ig, exercise):
+    """A list of numbers per round; in place of one that failed, the name of the error."""
+    found = []
+    for n in range(2 if exercise.key in SLOW else ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    found.append(one_answer(ig, exercise, n, folder))
+            except Exception as error:
+                found.append(type(error).__name__)
+    return found
+
+
+def alike(mine, theirs):
+    """Two tensors are equal, up to rounding."""
+    if mine.shape != theirs.shape or not mine.isfinite().equal(theirs.isfinite()):
+        return False
+    odd = ~theirs.isfinite()
+    if mine[odd].nan_to_num(0.5, 1e30, -1e30).ne(theirs[odd].nan_to_num(0.5, 1e30, -1e30)).any():
+        return False
+    mine, theirs = mine[~odd], theirs[~odd]
+    size = theirs.abs().max() if len(theirs) else 0
+    return bool(((mine - theirs).abs() <= 1e-4 * size + 1e-10).all())
+
+
+def same(mine, theirs):
+    """Two lists of answers are equal, and not errors alone."""
+    if all(isinstance(x, str) for x in mine):
+        return False
+    for a, b in zip(mine, theirs):
+        if isinstance(a, str) or isinstance(b, str):
+            if not isinstance(a, str) or not isinstance(b, str) or a != b:
+                return False
+        elif len(a) != len(b) or not all(alike(x, y) for x, y in zip(a, b)):
+            return False
+    return True
+
+
+def module_of(source, folder):
+    """A source as a module, from a file in this folder."""
+    path = os.path.join(folder, SCRIPT)
+    write(path, source)
+    name = "course_" + os.path.basename(folder)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def function_of(ig, exercise):
+    """The function itself, without what its decorators put around it."""
+    found = ig
+    for part in exercise.name.split("."):
+        found = getattr(found, part)
+    return inspect.unwrap(found)
+
+
+@contextlib.contextmanager
+def swapped(ig, exercise, text):
+    """While this lasts, the exercise's function runs this text; whoever holds the function sees it too."""
+    scope, function = {}, function_of(ig, exercise)
+    exec(compile(textwrap.dedent(text), exercise.key, "exec"), vars(ig), scope)
+    true = function.__code__
+    function.__code__ = scope[function.__name__].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = true
+
+
+def references(ig, exercise, source):
+    """[(None, the true answers), (a wrong version, its answers), ...] of a true module."""
+    found = [(None, answers(ig, exercise))]
+    for wrong in exercise.wrong:
+        with swapped(ig, exercise, wrong_text(source, exercise, wrong)):
+            found.append((wrong, answers(ig, exercise)))
+    return found
+
+
+def named(mine, known):
+    """All of the references that these answers equal: None is the true version."""
+    return [version for version, theirs in known if same(mine, theirs)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The judge
+
+
+def copy_data(folder):
+    shutil.copytree(HERE, os.path.join(folder, "data"), ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def run_tests(source, exercise):
+    """The exercise's tests on this source, in a folder of their own: (they pass, the output's end)."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(os.path.join(folder, SCRIPT), source)
+        shutil.copy(os.path.join(ROOT, TESTS), folder)
+        copy_data(folder)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider",
+                   "-k", exercise.expression(), TESTS]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.returncode == 0, "\n".join(done.stdout.strip().split("\n")[-25:])
+
+
+def judge(exercise):
+    """Prints the verdict on one function of the file beside data/. True for green."""
+    try:
+        mine = read(os.path.join(ROOT, SCRIPT))
+        source = filled(mine, exercise.key)
+        empty = f"exercise {exercise.key}:" in text_of(mine, exercise.name)
+    except SyntaxError as error:
+        print(f"red    {SCRIPT}, line {error.lineno}: {error.msg}")
+        return False
+    if empty:
+        print(f"red    {exercise.key} is still empty")
+        return False
+    passed, told = run_tests(source, exercise)
+    with tempfile.TemporaryDirectory() as true, tempfile.TemporaryDirectory() as other:
+        known = references(module_of(true_source(), true), exercise, true_source())
+        versions = named(answers(module_of(source, other), exercise), known)
+    wrong = [version for version in versions if version is not None]
+    if not passed:
+        print(told)
+    green = passed and not wrong
+    print(f"{'green' if green else 'red':6} {exercise.key}: its tests {'pass' if passed else 'fail'}")
+    for version in wrong:
+        print(f"       yours equals the version that {version.title}\n       (seen in: {version.source})")
+    if green and not versions:
+        print("       Its numbers differ from the file's own. The tests allow that.")
+    return green
+
+
+ZEROS = "return course_zeros(course_true({}))"
+
+
+def zeros(ig):
+    """A function that turns any result into one of zeros."""
+    torch = ig.torch
+
+    def made(x):
+        if isinstance(x, torch.Tensor):
+            return torch.zeros_like(x)
+        if isinstance(x, torch.nn.Module):
+            for p in x.parameters():
+                p.data.zero_()
+        elif isinstance(x, torch.optim.Optimizer):
+            x.param_groups[0].update(lr=0.0, betas=(0.0, 0.0))
+        elif is_dataclass(x):
+            for name, value in vars(x).items():
+                setattr(x, name, made(value))
+        elif isinstance(x, (list, tuple)):
+            return type(x)(made(item) for item in x)
+        elif isinstance(x, dict):
+            return {name: made(value) for name, value in x.items()}
+        elif isinstance(x, (int, float)):
+            return type(x)(0)
+        return x
+    return made
+
+
+def bad_versions(ig, exercise, source):
+    """[(what it is, its text)]: emptied, an answer of None, one of zeros, and the wrong versions."""
+    node = node_of(source, exercise.name)
+    found = [("empty", hole(source, exercise)), ("None", with_body(source, exercise.name, "return None"))]
+    if any(isinstance(n, ast.Return) and n.value for n in ast.walk(node)):
+        function = function_of(ig, exercise)
+        ig.course_zeros = zeros(ig)
+        ig.course_true = types.FunctionType(function.__code__, vars(ig), argdefs=function.__defaults__)
+        body = ZEROS.format(", ".join(argument.arg for argument in node.args.args))
+        found.append(("zeros", with_body(source, exercise.name, body)))
+    return found + [(wrong.title, wrong_text(source, exercise, wrong)) for wrong in exercise.wrong]
+
+
+class Check:
+    """A pytest plugin: in place of the tests' one run, for each exercise one run per bad version, which has to
+    fail, and the probes, which have to call each wrong version by its own name and by no other."""
+
+    def __init__(self, exercises):
+        self.exercises, self.complaints, self.count = exercises, [], 0
+
+    def fails(self, items, spare):
+        """Some test fails. The spare item, which never runs, keeps the session's fixtures alive."""
+        from _pytest.runner import runtestprotocol
+        for item in items:
+            if any(report.failed for report in runtestprotocol(item, log=False, nextitem=spare)):
+                return True
+        return False
+
+    def pytest_runtestloop(self, session):
+        ig, source = sys.modules["instructgpt"], true_source()
+        for exercise in self.exercises:
+            items = [item for item in session.items
+                     if any(word in item.name for word in exercise.words) and "course" not in item.name]
+            spare = next(item for item in session.items if item not in items)
+            known = references(ig, exercise, source)
+            for version, theirs in known:
+                if named(theirs, known) != [version]:
+                    self.complaints.append(f"{exercise.key}: probes mistake {version and version.title}")
+            for title, text in bad_versions(ig, exercise, source):
+                self.count += 1
+                with swapped(ig, exercise, text):
+                    if title in ("None", "zeros") and None in named(answers(ig, exercise), known):
+                        self.complaints.append(f"{exercise.key}: probes take it for the true one: {title}")
+                    if not self.fails(items, spare):
+                        self.complaints.append(f"{exercise.key}: tests are green: {title}")
+        return True
+
+
+def check(keys):
+    """Every bad version is red and named. Prints what is not; True if all is well."""
+    import pytest
+    plugin = Check([EXERCISES[key] for key in keys])
+    os.chdir(ROOT)
+    sys.path.insert(0, ROOT)
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["-q", "--tb=native", "-p", "no:cacheprovider", TESTS], plugins=[plugin])
+    print("\n".join(plugin.complaints + [f"{len(keys)} exercises, {plugin.count} bad versions, "
+                                         f"{len(plugin.complaints)} complaints"]))
+    return plugin.count > 0 and not plugin.complaints
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The student's folder
+
+
+def overview():
+    """The exercises as a Markdown table, in the order of the file: the README's too."""
+    rows = ["| paper | function | minutes | whose idea | KEY |", "|---|---|---:|---|---|"]
+    for x in EXERCISES.values():
+        rows.append(f"| {x.place} | `{x.name}` | {x.minutes} | {x.whose} | `{x.key}` |")
+    return "\n".join(rows)
+
+
+GUIDE = """# Exercises
+
+Of instructgpt.py {empty}. Signature and docstring say what each has to do. The rest of the file
+runs up to the first of them and then says which exercise stands there.
+
+    python data/course.py judge {first}           judges one function; all the others are true while it does
+    python instructgpt.py --smoke            runs as far as it can
+
+Go from top to bottom. Read the named place of the paper first (arXiv 2203.02155), then the comment above the
+section, then the docstring. The action frame, in the docstring of `stack`, is the one picture to learn by heart.
+A slot where the mask is False must not matter, even if it holds NaN: zero_outside() is there for that.
+
+Where your function equals a version that somebody published by mistake, the judge names it. The true file lies
+packed in data/course_solution.bin, for the judge. Unpacked it is the solution.
+
+{table}
+"""
+
+HUNT = """# One mistake
+
+One function of instructgpt.py is wrong here, as somebody once published it. Docstrings and comments are true.
+Do not read code first. Run
+
+    python instructgpt.py --smoke ppo
+
+and look at what it prints: the losses, the first ledger, the lines of the iterations. A healthy run looks so
+(numbers differ a little between machines):
+
+{healthy}
+
+Which number is the first that cannot be right? Which function makes it? Then read that function.
+The answer:
+
+    python data/course.py student --reveal {number}
+"""
+
+
+def write_folder(folder, source, guide, name, ours):
+    """A student's folder. ours: names of the root's files that go into it as they are."""
+    if os.path.exists(folder):
+        raise SystemExit(f"{folder} is there already: --out names another folder")
+    os.makedirs(folder)
+    write(os.path.join(folder, SCRIPT), source)
+    write(os.path.join(folder, name), guide)
+    for file in ours:
+        shutil.copy(os.path.join(ROOT, file), folder)
+    copy_data(folder)
+
+
+def student(keys, folder):
+    """Writes the folder with these exercises empty."""
+    source = truth = true_source()
+    for key in keys:
+        source = with_text(source, EXERCISES[key].name, hole(source, EXERCISES[key]))
+    count = "one function is empty" if len(keys) == 1 else f"{len(keys)} functions are empty"
+    guide = GUIDE.format(empty=count, first=keys[0], table=overview())
+    write_folder(folder, source, guide, "EXERCISES.md", [TESTS])
+    packed = b64encode(zlib.compress(truth.encode(), 9)).decode()
+    write(os.path.join(folder, "data", os.path.basename(SOLUTION)), packed)
+    print(f"{folder}: {count}; read {folder}/EXERCISES.md")
+
+
+def broken(number):
+    """The exercise and the wrong version of a mistake to be found."""
+    key, title = BREAKS[number - 1][:2]
+    exercise = EXERCISES[key]
+    return exercise, next(wrong for wrong in exercise.wrong if wrong.title.startswith(title))
+
+
+def student_with_mistake(number, folder):
+    """Writes the folder with one wrong function, and without what would name it."""
+    source = true_source()
+    exercise, wrong = broken(number)
+    source = with_text(source, exercise.name, wrong_text(source, exercise, wrong))
+    write_folder(folder, source, HUNT.format(healthy=HEALTHY, number=number), "MISTAKE.md", [])
+    print(f"{folder}: something is wrong in {SCRIPT}; read {folder}/MISTAKE.md")
+
+
+def reveal(number):
+    exercise, wrong = broken(number)
+    print(f"{number}: {exercise.name}, the version that {wrong.title} (seen in: {wrong.source}).")
+    for old, new in wrong.edits:
+        print(f"    true   {old}\n    here   " + "\n           ".join(new))
+    print(textwrap.fill(BREAKS[number - 1][2], 108))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# KL on one screen
+
+
+def estimates(ig, pi, ref, inside):
+    """Per-token k1, k2 or k3 of all responses, (N,n), by name. inside: whether they stand in the reward."""
+    k1 = ig.kl_k1(pi, ref)
+    if inside:
+        return {"k1 in the reward": k1.detach()}
+    return {"k1 as a loss": k1, "k2 as a loss": 0.5 * k1 ** 2, "k3 as a loss": ig.kl_k3(pi, ref)}
+
+
+def enumerated(torch, theta, n):
+    """All responses of n tokens: each one's log-probs, (N,n). theta: logits of the first token (3,) and, for
+    each first token, of the second (3,3)."""
+    first, second = torch.log_softmax(theta[0], -1), torch.log_softmax(theta[1:], -1)
+    if n == 1:
+        return first[:, None]
+    return torch.stack([first[:, None].expand(3, 3), second], -1).reshape(9, 2)
+
+
+def kl_rows(ig, n, gap):
+    """[(estimate, cosine to the exact gradient, bias, variance of one sample)] of responses of n tokens."""
+    torch = ig.torch
+    noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).double()
+    theta, rows = (gap * noise[0]).requires_grad_(), []
+    pi, ref = enumerated(torch, theta, n), enumerated(torch, gap * noise[1], n)
+    weight = pi.sum(1).exp().detach()                                           # (N,) of each response
+    exact, = torch.autograd.grad((pi.sum(1).exp() * (pi - ref).sum(1)).sum(), theta, retain_graph=True)
+    for name, k in {**estimates(ig, pi, ref, True), **estimates(ig, pi, ref, False)}.items():
+        loss = k.sum(1)                                                         # (N,)
+        if name.endswith("reward"):                        # each token is charged for itself and what follows
+            loss = (k.flip(1).cumsum(1).flip(1) * pi).sum(1)
+        slopes = torch.stack([torch.autograd.grad(x, theta, retain_graph=True)[0].flatten() for x in loss])
+        mean, size = weight @ slopes, exact.norm()
+        cosine = float(mean @ exact.flatten() / (mean.norm() * size)) if mean.norm() > 1e-9 else math.nan
+        variance = weight @ (slopes - mean).square().sum(1)
+        rows.append((name, cosine, float((mean - exact.flatten()).norm() / size), float(variance / size ** 2)))
+    return rows
+
+
+def show_kl(ig):
+    print("Gradients of KL(pi || pi_ref): all responses of three words, expected over pi, beside the exact one.\n"
+          "Bias and variance are in units of the exact gradient, so 0 is right and 1 is as large as it.\n")
+    for n in (1, 2):
+        for gap, far in ((0.3, "near"), (1.5, "far")):
+            print(f"tokens {n}, pi_ref {far:6}        cosine      bias    variance of one sample")
+            for name, cosine, bias, variance in kl_rows(ig, n, gap):
+                print(f"    {name:20}{cosine:10.3f}{bias:10.3f}{variance:12.1f}")
+    print("\nIn the reward k1 is exact for responses of any length, which is why Eq. 2 charges it there; as a loss\n"
+          "its gradient is 0 on average, noise and nothing else.\n"
+          "As a loss k2 is exact for one token but does not see what a token does to later ones, and k3 follows\n"
+          "the other KL, that of pi_ref from pi, which near pi_ref is almost the same and far from it is not.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="course.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    writer = commands.add_parser("student", help="write a student's folder; without KEY list the exercises")
+    writer.add_argument("keys", nargs="*", metavar="KEY")
+    writer.add_argument("--out", default="student", metavar="DIR")
+    writer.add_argument("--break", dest="broken", type=int, choices=range(1, len(BREAKS) + 1))
+    writer.add_argument("--reveal", type=int, choices=range(1, len(BREAKS) + 1))
+    commands.add_parser("judge", help="judge one function").add_argument("keys", nargs=1, metavar="KEY")
+    commands.add_parser("check", help="judge the judge").add_argument("keys", nargs="*", metavar="KEY")
+    commands.add_parser("kl", help="estimates of the KL")
+    a = parser.parse_args(argv)
+    for key in getattr(a, "keys", []):
+        if key not in EXERCISES and (a.command, key) != ("student", "all"):
+            parser.error(f"{key} is no exercise; these are: {' '.join(EXERCISES)}")
+    return a
+
+
+def main(argv=None):
+    a = parse(argv)
+    keys = list(EXERCISES) if a.command == "kl" or "all" in a.keys else a.keys
+    if a.command == "judge":
+        return 0 if judge(EXERCISES[keys[0]]) else 1
+    if a.command == "check":
+        return 0 if check(keys or list(EXERCISES)) else 1
+    if a.command == "kl":
+        with tempfile.TemporaryDirectory() as folder:
+            show_kl(module_of(true_source(), folder))
+    elif a.reveal:
+        reveal(a.reveal)
+    elif a.broken:
+        student_with_mistake(a.broken, a.out)
+    elif keys:
+        student(keys, a.out)
+    else:
+        print(overview())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
