@@ -2099,7 +2099,7 @@ def check(cfg, a):
             (not a.models or a.stages == ["chat"], "--models goes with chat"),
             (not a.source or os.path.isdir(a.source), f"--from {a.source}: no such folder"),
             (other, f"--from {a.source}: is --out; give another"),
-            (cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0, "--n_embd: must be a multiple of --n_head"),
+            (cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0, "n_head must divide n_embd"),
             (cfg.k_min <= cfg.k_max, f"--k_max {cfg.k_max}: must be at least --k_min {cfg.k_min}"),
             (cfg.episodes >= cfg.minibatches, f"--minibatches {cfg.minibatches}: must be at most --episodes"),
             (cfg.block_size > cfg.max_new_tokens + 8, "--block_size must hold prompt and --max_new_tokens")):

@@ -13,14 +13,12 @@ The student's file is computed from the true one. The true one travels in data/c
 """
 import argparse
 import ast
-import contextlib
 import functools
 import importlib.util
 import inspect
 import io
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +28,7 @@ import types
 import warnings
 import zlib
 from base64 import b64decode, b64encode
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, is_dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -37,8 +36,8 @@ ROOT = os.path.dirname(HERE)
 SCRIPT, TESTS = "instructgpt.py", "test_instructgpt.py"
 SOLUTION = os.path.join(HERE, "course_solution.bin")
 
-# An exercise: key | function | minutes | where in the paper | whose idea | words of the tests' names. Below it
-# the wrong versions that people wrote: "the version that ..." | where it was seen. Below each what changes in
+# An exercise: key | function | minutes | where in the paper | whose idea | words in its tests' names. Below
+# it the wrong versions that people wrote: "the version that ..." | where it was seen. Below each what changes in
 # the true function: old >> new, or old and then the new lines, each behind a >>. Of the sources, sff-details
 # is vwxyzjn/summarize_from_feedback_details, and microppo is no-magic's.
 TABLE = r"""
@@ -300,12 +299,33 @@ train_dpo | train_dpo | 40 | not in the paper | Rafailov et al. 2023 | train_dpo
 
 # Mistakes to be found in a run of the miniature: (key, how its title begins, what gave it away).
 BREAKS = (
-    ("gae", "is the reward of the token", "X"),
-    ("make_experience", "takes the KL to the policy that sampled", "X"),
-    ("reward_loss", "divides by C(K,2) twice", "X"),
-    ("stack", "masks the end-of-text out", "X"),
-    ("clip_and_step", "leaves the gradients in place", "X"))
-HEALTHY = """X"""
+    ("gae", "is the reward of the token", "The first ledger: the return is 0 at every token but the last, "
+     "though the score of 0.653 is still to come. So no credit flows back. In the first line of the iterations "
+     "ev is -57, where the healthy run has -8."),
+    ("make_experience", "takes the KL to the policy that sampled", "The lines of the iterations: k1 and k3 stay "
+     "exactly 0 to the end, while score and entropy move. The healthy run has k3 = 0.034 in its fourth line. "
+     "Nothing holds this policy near the SFT model."),
+    ("reward_loss", "divides by C(K,2) twice", "The reward model's loss: 0.115 in its first step. A model that "
+     "knows nothing yet is near log 2 = 0.69, and the healthy run begins at 0.78. Its accuracy, 0.58, says that "
+     "it has not learned so much. Adam hides the wrong scale, so all later numbers look sound."),
+    ("stack", "masks the end-of-text out", "The first line of the iterations: ended is 0.27 and the length 14.8 "
+     "of 16; the healthy run has 1.00 and 7.2. The ledger's answer runs on over several lines. The losses look "
+     "sound, since the mask takes away the very token that was not learned."),
+    ("token_rewards", "puts the score one column behind", "The first ledger: the score is 0.653, but the reward "
+     "of the last token is 0, so the rewards do not add up to what the line below says. The returns are near 0 "
+     "too, and vloss falls to 0.007 at the end, because the value net learns to predict nothing."))
+HEALTHY = """    sft     1/94  loss 2.72      sft  94/94  loss 1.58
+    rm      1/30  loss 0.779     reward model on held-out comparisons: accuracy 0.565
+
+    Episode ledger, score 0.653
+                       log pi    log ref  KL reward     reward      value  advantage     return
+         ' Please'     -2.300     -2.300     -0.000      0.000      0.762     -0.414      0.348
+           ' pass'     -2.284     -2.284      0.000      0.000     -1.411      1.851      0.440
+               ...
+    <|endoftext|>      -0.061     -0.061     -0.000      0.653      0.472      0.181      0.653
+
+    ppo     1/4   score -0.013  ended 1.00  length 7.2  k1 3e-08  k3 4e-13  ev -8.5  vloss 1.70   clip 0
+    ppo     4/4   score  0.094  ended 0.98  length 7.3  k1 0.069  k3 0.034  ev 0.33  vloss 0.121  clip 0.007"""
 
 # ------------------------------------------------------------------------------------------------------------
 # The table, and functions cut out of a source and put into one
@@ -325,12 +345,8 @@ class Exercise:
     minutes: str
     place: str
     whose: str
-    words: list                                  # any of them in the name of a test: it judges this exercise
+    words: list                                  # a test with one of them in its name judges this exercise
     wrong: list = field(default_factory=list)
-
-    def expression(self):
-        """For pytest -k."""
-        return f"({' or '.join(self.words)}) and not course"
 
 
 def read_table(text):
@@ -371,9 +387,7 @@ def true_source():
     return read(os.path.join(ROOT, SCRIPT))
 
 
-@functools.lru_cache(maxsize=8)
-def parsed(source):
-    return ast.parse(source)
+parsed = functools.lru_cache(maxsize=8)(ast.parse)
 
 
 def node_of(source, name):
@@ -424,177 +438,198 @@ def wrong_text(source, exercise, wrong):
 
 def filled(source, key):
     """A student's source with the true version in every exercise but this one."""
+    truth = true_source()
     for exercise in EXERCISES.values():
         if exercise.key != key:
-            source = with_text(source, exercise.name, text_of(true_source(), exercise.name))
+            source = with_text(source, exercise.name, text_of(truth, exercise.name))
     return source
+
+
+def module_of(source, folder):
+    """A source as a module, from a file in this folder."""
+    path, name = os.path.join(folder, SCRIPT), "course_" + os.path.basename(folder)
+    write(path, source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def function_of(ig, exercise):
+    """The function itself, without what its decorators put around it."""
+    found = ig
+    for part in exercise.name.split("."):
+        found = getattr(found, part)
+    return inspect.unwrap(found)
+
+
+@contextmanager
+def swapped(ig, exercise, text):
+    """While this lasts, the exercise's function runs this text; whoever holds the function sees it too."""
+    scope, function = {}, function_of(ig, exercise)
+    exec(compile(textwrap.dedent(text), exercise.key, "exec"), vars(ig), scope)
+    true = function.__code__
+    function.__code__ = scope[function.__name__].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = true
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Probes: a function's answers to given inputs. Two versions are told apart by their answers alone.
+# Five rounds: behind the mask stands 0, then 100, then NaN; in the last two the mask has one token, then none.
 
-VOCABULARY, EOS = 11, 10
-MASK = ((0, 0, 1, 1, 1, 1), (1, 0, 0, 0, 0, 0), (0, 1, 1, 1, 0, 0), (0, 0, 0, 0, 0, 0))
-PROMPTS = [[3], [1, 2, 0, 4, 5], [7, 7], [0, EOS, 9]]
-RESPONSES = [[4, 0, EOS], [EOS], [1, 2, 3, 0, 5, EOS], [6, 6]]
-ROUNDS = 5                                       # 0: nothing odd; behind the mask, 1: 100, 2: NaN; 3, 4: extremes
-SLOW = ("rollout", "make_experience", "update", "train_dpo")           # two rounds do
+WORDS, EOS = 11, 10
+BEHIND = (0.0, 100.0, math.nan, 0.0, 0.0)
+BY_ROUND = {"temperature": (1.0, 0.7, 1.5, 1.0, 0.5), "step": (0, 3, 7, 40, 19), "warmup": (0, 5, 5, 5, 10),
+            "iteration": (0, 0, 3, 5, 40)}
+SLOW = ("rollout", "make_experience", "update", "train_dpo")                   # the first two rounds do
+FIXED = {"prompts": [[3], [1, 2, 0, 4, 5], [7, 7], [0, EOS, 9]], "max_new_tokens": 6, "eos": EOS,
+         "responses": [[4, 0, EOS], [EOS], [1, 2, 3, 0, 5, EOS], [6, 6]], "device": "cpu", "n": 6, "length": 5,
+         "lengths": [7, 3, 9, 1, 4, 8, 2, 6, 5, 1, 3] * 9, "size": 4, "epochs": 2, "beta": 0.3, "discount": 0.9,
+         "lam": 0.8, "clip": 0.1, "decay": 0.9, "steps": 20, "lr": 0.5, "lr_factor": 0.5}
+TENSORS = {"last": [6, 2, 4, 3], "picked": [2, 0, 3], "desirable": [True, False, True, True], "kl0": 0.4,
+           "ranks": [[1, 2, 0, 2], [0, 0, 0, 0], [3, 1, 2, 4], [0, 1, 0, 0]]}
+MODELS = ("model", "policy", "average", "reference", "sft_model", "reward_model", "value_net")
+IN_FRAME = ("x", "logprobs", "ref_logprobs", "old_logprobs", "advantages", "values", "old_values", "returns",
+            "rewards")
+PER_ROW = ("scores", "logp", "ref_logp", "logp_w", "logp_l", "ref_logp_w", "ref_logp_l")
 
 
 class Letters:
     """An encoding: a letter is one of ten ids."""
-    eot_token, n_vocab = EOS, VOCABULARY
+    eot_token, n_vocab = EOS, WORDS
 
     def encode_ordinary(self, text):
         return [ord(letter) % 10 for letter in text]
 
 
 class Given:
-    """The inputs of one round, made when asked for. A method is named after a parameter of the exercises."""
+    """The inputs of one round, by the names of parameters, each made when it is first asked for."""
 
-    def __init__(self, ig, key, n, folder):
-        self.ig, self.torch, self.key, self.n, self.folder = ig, ig.torch, key, n, folder
+    def __init__(self, ig, key, number, folder):
+        self.ig, self.torch, self.key, self.number, self.folder = ig, ig.torch, key, number, folder
         self.made = {}
 
-    def generator(self):
-        return self.torch.Generator().manual_seed(self.n)
+    def __call__(self, name):
+        """The input for this parameter; KeyError for one that keeps its default."""
+        if name in FIXED:
+            return FIXED[name]
+        if name in BY_ROUND:
+            return BY_ROUND[name][self.number]
+        if name in TENSORS:
+            return self.torch.tensor(TENSORS[name])
+        if name not in self.made:
+            if name in MODELS:
+                self.made[name] = self.network(MODELS.index(name))
+            elif name in IN_FRAME:
+                self.made[name] = self.in_frame(name)
+            elif name in PER_ROW:
+                self.made[name] = self.per_row(name)
+            elif hasattr(self, "make_" + name):
+                self.made[name] = getattr(self, "make_" + name)()
+        return self.made[name]
 
     def normal(self, name, *shape):
-        seed = zlib.crc32(name.encode()) + self.n
+        seed = zlib.crc32(name.encode()) + self.number
         return self.torch.randn(*shape, generator=self.torch.Generator().manual_seed(seed))
 
-    def numbers(self, name):
-        """What stands in the action frame, junk behind the mask included."""
-        mask, x = self.mask(), self.normal(name, 4, 6)
-        if self.key == "kl_k3" and name == "ref_logprobs" and self.n == 3:
-            return self.numbers("logprobs") + 1e-3 * x     # close together: digits matter
-        return x.masked_fill(~mask, (0.0, 100.0, math.nan, 0.0, 0.0)[self.n])
+    def in_frame(self, name):
+        x = self.normal(name, 4, 6)
+        if self.key == "kl_k3" and name == "ref_logprobs" and self.number == 3:
+            return self("logprobs") + 1e-3 * x             # close together: digits matter
+        return x.masked_fill(~self("mask"), BEHIND[self.number])
 
-    def mask(self):
-        mask = self.torch.tensor(MASK).bool()
-        if self.n == 3:                                    # one token in all
-            mask = mask & False
-            mask[2, 3] = True
-        return mask & (self.n != 4)                        # none at all
+    def per_row(self, name):
+        if self.key != "reward_loss":
+            return self.normal(name, 4) * (900 if self.number == 3 else 1)
+        scores = self.normal(name, 4, 4) * (100 if self.number == 1 else 1)
+        return scores.masked_fill(self("ranks") == 0, math.nan if self.number == 2 else 0.0)
 
-    def tokens(self):
-        if self.key == "corpus_batch":
-            return self.torch.arange(60)
-        rows = self.torch.Generator().manual_seed(self.n)
-        return self.torch.randint(VOCABULARY, (4, 7), generator=rows)
-
-    def model(self, head="lm", seed=0):
+    def network(self, seed):
+        """A small model with large weights, so that each of them shows; for clip_and_step with gradients."""
         torch, ig = self.torch, self.ig
         torch.manual_seed(seed)
-        model = ig.GPT(ig.GPTConfig(VOCABULARY, 24, 2, 2, 16), head)
+        model = ig.GPT(ig.GPTConfig(WORDS, 24, 2, 2, 16), "scalar" if seed > 4 else "lm")
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(10 * p if p.ndim == 2 else p + 0.2 * torch.randn_like(p))
-        if self.key == "clip_and_step":                    # what backward left
-            (1e3 * ig.lm_loss(model, self.tokens())).backward()
+        if self.key == "clip_and_step":
+            loss = 1e3 * ig.lm_loss(model, self("tokens"))
+            loss.backward()
         return model
 
-    def policy(self):
-        return self.model(seed=2)
+    def make_mask(self):
+        mask = self.torch.zeros(4, 6, dtype=self.torch.bool)
+        if self.number < 3:
+            mask[0, 2:] = mask[1, 0] = mask[2, 1:4] = True
+        mask[2, 3] = self.number != 4
+        return mask
 
-    def average(self):
-        return self.model(seed=3)
+    def make_generator(self):
+        return self.torch.Generator().manual_seed(self.number)
 
-    def reference(self):
-        return self.ig.freeze(self.model(seed=4))
+    def make_tokens(self):
+        return self.torch.randint(WORDS, (4, 7), generator=self.torch.Generator().manual_seed(7))
 
-    sft_model = reference
+    make_web = make_tokens
 
-    def reward_model(self):
-        return self.ig.freeze(self.model("scalar", 5))
+    def make_logits(self):
+        logits = 3 * self.normal("logits", 6, WORDS)
+        return logits.bfloat16() if self.number == 3 else logits
 
-    def value_net(self):
-        return self.model("scalar", 6)
+    def make_uniforms(self):
+        return self.torch.rand(6, generator=self.torch.Generator().manual_seed(self.number))
 
-    def cfg(self):
+    def make_corpus(self):
+        starts = self.torch.tensor([0, 7, 30, 41])
+        return self.torch.arange(60).numpy().astype("uint16"), starts.numpy()
+
+    def make_demos(self):
+        return list(zip(self("prompts"), self("responses")))
+
+    def make_enc(self):
+        return Letters()
+
+    def make_cfg(self):
         return self.ig.Config(out=self.folder, max_new_tokens=6, temperature=0.7, beta=0.3, ptx_coef=0.6,
                               policy_lr=0.3, value_lr=0.5, cliprange=0.1, rm_batch=2, lam=0.8)
 
-    def scores(self):
-        if self.key == "reward_loss":
-            scores = self.normal("scores", 4, 4) * (100 if self.n == 1 else 1)
-            return scores.masked_fill(self.ranks() == 0, math.nan if self.n == 2 else 0.0)
-        return self.normal("scores", 4)
+    def make_sampler(self):
+        return self.ig.Sampler(self("policy"), 4, 24, 6, EOS, 0.7)
 
-    def ranks(self):
-        return self.torch.tensor([[1, 2, 0, 2], [0, 0, 0, 0], [3, 1, 2, 4], [0, 1, 0, 0]])
+    def make_e(self):
+        names = ("cfg", "sampler", "value_net", "reference", "reward_model", "prompts", "generator")
+        return self.ig.make_experience(*[self(name) for name in names])
 
-    def logits(self):
-        logits = 3 * self.normal("logits", 6, VOCABULARY)
-        return logits.bfloat16() if self.n == 3 else logits
-
-    def uniforms(self):
-        return self.torch.rand(6, generator=self.generator())
-
-    def sampler(self):
-        return self.ig.Sampler(self.policy(), 4, 24, 6, EOS, 0.7)
-
-    def e(self):
-        makers = (self.cfg, self.sampler, self.value_net, self.reference, self.reward_model)
-        return self.ig.make_experience(*[make() for make in makers], PROMPTS, self.generator())
-
-    def adams(self):
+    def make_optimizer(self, model="model"):
         """Plain gradient descent: Adam would hide the size of a gradient."""
-        sgd = self.torch.optim.SGD
-        return sgd(self.value("policy").parameters(), 9.0), sgd(self.value("value_net").parameters(), 9.0)
+        return self.torch.optim.SGD(self(model).parameters(), 9.0)
 
-    def optimizer(self):
-        return self.torch.optim.SGD(self.value("model").parameters(), 9.0)
+    def make_adams(self):
+        return self.make_optimizer("policy"), self.make_optimizer("value_net")
 
-    def corpus(self):
-        return self.tokens().numpy().astype("uint16"), self.torch.tensor([0, 7, 30, 41]).numpy()
-
-    def comparisons(self):
+    def make_comparisons(self):
         questions = (("ab", ["c", "dd", "e", "ffg"], [2, 1, 2, 3]), ("xyz", ["k", "lm"], [1, 2]))
         return [{"prompt": prompt, "responses": texts, "ranks": ranks, "ended": [True] * len(texts)}
                 for prompt, texts, ranks in questions * 2]
 
-    def value(self, name):
-        """The input for a parameter; KeyError for one that keeps its default."""
-        fixed = {"prompts": PROMPTS, "responses": RESPONSES, "demos": list(zip(PROMPTS, RESPONSES)), "B": 4,
-                 "max_new_tokens": 6, "eos": EOS, "device": "cpu", "n": 6, "length": 5, "size": 4, "epochs": 2,
-                 "lengths": [7, 3, 9, 1, 4, 8, 2, 6, 5, 1, 3] * 9, "last": self.torch.tensor([6, 2, 4, 3]),
-                 "temperature": (1.0, 0.7, 1.5, 1.0, 0.5)[self.n], "beta": 0.3, "discount": 0.9, "lam": 0.8,
-                 "clip": 0.1, "decay": 0.9, "step": (0, 3, 7, 40, 19)[self.n], "steps": 20, "lr": 0.5,
-                 "warmup": (0, 5, 5, 5, 10)[self.n], "iteration": (0, 0, 3, 5, 40)[self.n], "lr_factor": 0.5,
-                 "picked": self.torch.tensor([2, 0, 3]), "web": self.tokens(), "enc": Letters(),
-                 "desirable": self.torch.tensor([True, False, True, True]), "kl0": self.torch.tensor(0.4)}
-        if name in fixed:
-            return fixed[name]
-        if name.startswith(("logp", "ref_logp")) and self.key in ("dpo_loss", "kto_loss"):
-            return self.normal(name, 4) * (900 if self.n == 3 else 1)
-        if name in ("x", "logprobs", "ref_logprobs", "old_logprobs", "advantages", "values", "old_values",
-                    "returns", "rewards"):
-            return self.numbers(name)
-        if name not in vars(Given):
-            raise KeyError(name)
-        if name not in self.made:
-            self.made[name] = getattr(self, name)()
-        return self.made[name]
-
 
 def flat(torch, x):
     """Everything in a result, as a list of tensors."""
-    if isinstance(x, torch.Tensor):
-        return [x.detach().double()]
-    if isinstance(x, (bool, int, float)):
-        return [torch.tensor(float(x), dtype=torch.double)]
     if isinstance(x, torch.nn.Module):
-        slopes = [p.grad.double() for p in x.parameters() if p.grad is not None]
-        return slopes + [p.detach().double() for p in x.parameters()]
-    if isinstance(x, torch.optim.Optimizer):
-        return flat(torch, [x.param_groups[0].get(name) for name in ("lr", "betas", "eps", "weight_decay")])
-    if is_dataclass(x):
-        x = [value for name, value in vars(x).items() if name != "tokens_per_second"]
-    if isinstance(x, dict):
+        x = list(x.parameters()) + [p.grad for p in x.parameters()]
+    elif isinstance(x, torch.optim.Optimizer):
+        x = [x.param_groups[0].get(name) for name in ("lr", "betas", "eps", "weight_decay")]
+    elif is_dataclass(x):
+        x = [value for name, value in vars(x).items() if name not in ("tokens_per_second", "out")]
+    elif isinstance(x, dict):
         x = list(x.values())
     if isinstance(x, (list, tuple)):
         return [part for item in x for part in flat(torch, item)]
+    if isinstance(x, (torch.Tensor, int, float)):
+        return [torch.as_tensor(x).detach().double()]
     return []
 
 
@@ -611,101 +646,59 @@ def host_waits(torch):
     return Waits()
 
 
-def one_answer(ig, exercise, n, folder):
+def one_answer(ig, exercise, given):
     """Of one round: the result, what became of the inputs, and gradients."""
-    torch, given, inputs, leaves = ig.torch, Given(ig, exercise.key, n, folder), {}, []
+    torch, inputs, leaves = ig.torch, {}, []
     function = getattr(ig, "rollout" if exercise.key == "rollout" else exercise.name)
     for name in inspect.signature(function).parameters:
         try:
-            value = given.value(name)
+            value = given(name)
         except KeyError:
             continue
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-            leaves.append(value.requires_grad_())
-            value = value * 1                              # no leaf: it may be changed in place
+            leaves.append(value.detach().requires_grad_())
+            value = leaves[-1] * 1                         # no leaf: it may be changed in place
         inputs[name] = value
-    waits = host_waits(torch) if exercise.key == "rollout" else contextlib.nullcontext()
-    with waits, contextlib.redirect_stdout(io.StringIO()):
+    waits = host_waits(torch) if exercise.key == "rollout" else nullcontext()
+    with waits, redirect_stdout(io.StringIO()):
         result = function(**inputs)
-    numbers = flat(torch, result) + flat(torch, [x for x in inputs.values() if not is_dataclass(x)])
-    if exercise.key == "rollout":
-        numbers.append(torch.tensor(float(waits.count)))
+    numbers = flat(torch, [result, list(inputs.values()), getattr(waits, "count", 0)])
     outputs = list(result) if isinstance(result, tuple) else [result]
     outputs = [x for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]
     if leaves and outputs:
         total = sum((x * torch.linspace(1, 2, x.numel()).view(x.shape)).sum() for x in outputs)
-        numbers += flat(torch, list(torch.autograd.grad(total, leaves, allow_unused=True)))
+        numbers += flat(torch, torch.autograd.grad(total, leaves, allow_unused=True))
     return numbers
 
 
 def answers(ig, exercise):
     """A list of numbers per round; in place of one that failed, the name of the error."""
     found = []
-    for n in range(2 if exercise.key in SLOW else ROUNDS):
-        with tempfile.TemporaryDirectory() as folder:
+    for number in range(2 if exercise.key in SLOW else 5):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
-                with warnings.catch_warnings(action="ignore"):
-                    found.append(one_answer(ig, exercise, n, folder))
+                found.append(one_answer(ig, exercise, Given(ig, exercise.key, number, folder)))
             except Exception as error:
                 found.append(type(error).__name__)
     return found
 
 
 def alike(mine, theirs):
-    """Two tensors are equal, up to rounding."""
-    if mine.shape != theirs.shape or not mine.isfinite().equal(theirs.isfinite()):
-        return False
-    odd = ~theirs.isfinite()
-    if mine[odd].nan_to_num(0.5, 1e30, -1e30).ne(theirs[odd].nan_to_num(0.5, 1e30, -1e30)).any():
-        return False
-    mine, theirs = mine[~odd], theirs[~odd]
-    size = theirs.abs().max() if len(theirs) else 0
-    return bool(((mine - theirs).abs() <= 1e-4 * size + 1e-10).all())
-
-
-def same(mine, theirs):
-    """Two lists of answers are equal, and not errors alone."""
-    if all(isinstance(x, str) for x in mine):
-        return False
+    """Two rounds are equal, up to rounding: each number to 1e-4 of the largest beside it."""
+    if isinstance(mine, str) or isinstance(theirs, str) or len(mine) != len(theirs):
+        return mine == theirs
     for a, b in zip(mine, theirs):
-        if isinstance(a, str) or isinstance(b, str):
-            if not isinstance(a, str) or not isinstance(b, str) or a != b:
-                return False
-        elif len(a) != len(b) or not all(alike(x, y) for x, y in zip(a, b)):
+        largest = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0
+        if a.shape != b.shape or not a.allclose(b, rtol=0, atol=1e-4 * largest + 1e-10, equal_nan=True):
             return False
     return True
 
 
-def module_of(source, folder):
-    """A source as a module, from a file in this folder."""
-    path = os.path.join(folder, SCRIPT)
-    write(path, source)
-    name = "course_" + os.path.basename(folder)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def function_of(ig, exercise):
-    """The function itself, without what its decorators put around it."""
-    found = ig
-    for part in exercise.name.split("."):
-        found = getattr(found, part)
-    return inspect.unwrap(found)
-
-
-@contextlib.contextmanager
-def swapped(ig, exercise, text):
-    """While this lasts, the exercise's function runs this text; whoever holds the function sees it too."""
-    scope, function = {}, function_of(ig, exercise)
-    exec(compile(textwrap.dedent(text), exercise.key, "exec"), vars(ig), scope)
-    true = function.__code__
-    function.__code__ = scope[function.__name__].__code__
-    try:
-        yield
-    finally:
-        function.__code__ = true
+def same(mine, theirs):
+    """Two lists of answers are equal, and not errors alone."""
+    works = any(not isinstance(x, str) for x in mine)
+    return works and all(alike(a, b) for a, b in zip(mine, theirs))
 
 
 def references(ig, exercise, source):
@@ -726,18 +719,15 @@ def named(mine, known):
 # The judge
 
 
-def copy_data(folder):
-    shutil.copytree(HERE, os.path.join(folder, "data"), ignore=shutil.ignore_patterns("__pycache__"))
-
-
 def run_tests(source, exercise):
     """The exercise's tests on this source, in a folder of their own: (they pass, the output's end)."""
     with tempfile.TemporaryDirectory() as folder:
         write(os.path.join(folder, SCRIPT), source)
         shutil.copy(os.path.join(ROOT, TESTS), folder)
         copy_data(folder)
+        words = f"({' or '.join(exercise.words)}) and not course"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider",
-                   "-k", exercise.expression(), TESTS]
+                   "-k", words, TESTS]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.returncode == 0, "\n".join(done.stdout.strip().split("\n")[-25:])
 
@@ -747,16 +737,16 @@ def judge(exercise):
     try:
         mine = read(os.path.join(ROOT, SCRIPT))
         source = filled(mine, exercise.key)
-        empty = f"exercise {exercise.key}:" in text_of(mine, exercise.name)
     except SyntaxError as error:
         print(f"red    {SCRIPT}, line {error.lineno}: {error.msg}")
         return False
-    if empty:
+    if f"exercise {exercise.key}:" in text_of(mine, exercise.name):
         print(f"red    {exercise.key} is still empty")
         return False
     passed, told = run_tests(source, exercise)
+    truth = true_source()
     with tempfile.TemporaryDirectory() as true, tempfile.TemporaryDirectory() as other:
-        known = references(module_of(true_source(), true), exercise, true_source())
+        known = references(module_of(truth, true), exercise, truth)
         versions = named(answers(module_of(source, other), exercise), known)
     wrong = [version for version in versions if version is not None]
     if not passed:
@@ -770,80 +760,76 @@ def judge(exercise):
     return green
 
 
-ZEROS = "return course_zeros(course_true({}))"
-
-
-def zeros(ig):
-    """A function that turns any result into one of zeros."""
-    torch = ig.torch
-
-    def made(x):
-        if isinstance(x, torch.Tensor):
-            return torch.zeros_like(x)
-        if isinstance(x, torch.nn.Module):
-            for p in x.parameters():
-                p.data.zero_()
-        elif isinstance(x, torch.optim.Optimizer):
-            x.param_groups[0].update(lr=0.0, betas=(0.0, 0.0))
-        elif is_dataclass(x):
-            for name, value in vars(x).items():
-                setattr(x, name, made(value))
-        elif isinstance(x, (list, tuple)):
-            return type(x)(made(item) for item in x)
-        elif isinstance(x, dict):
-            return {name: made(value) for name, value in x.items()}
-        elif isinstance(x, (int, float)):
-            return type(x)(0)
+def zeros(torch, x):
+    """A result as zeros."""
+    if isinstance(x, torch.nn.Module):
+        for p in x.parameters():
+            p.data.zero_()
         return x
-    return made
+    if isinstance(x, torch.optim.Optimizer):
+        x.param_groups[0].update(lr=0.0, betas=(0.0, 0.0))
+        return x
+    if is_dataclass(x):
+        return type(x)(**{name: zeros(torch, value) for name, value in vars(x).items()})
+    if isinstance(x, dict):
+        return {name: zeros(torch, value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)([zeros(torch, item) for item in x])
+    return torch.zeros_like(x) if isinstance(x, torch.Tensor) else type(x)(0)
 
 
 def bad_versions(ig, exercise, source):
     """[(what it is, its text)]: emptied, an answer of None, one of zeros, and the wrong versions."""
-    node = node_of(source, exercise.name)
+    node, function = node_of(source, exercise.name), function_of(ig, exercise)
     found = [("empty", hole(source, exercise)), ("None", with_body(source, exercise.name, "return None"))]
     if any(isinstance(n, ast.Return) and n.value for n in ast.walk(node)):
-        function = function_of(ig, exercise)
-        ig.course_zeros = zeros(ig)
+        ig.course_zeros = functools.partial(zeros, ig.torch)
         ig.course_true = types.FunctionType(function.__code__, vars(ig), argdefs=function.__defaults__)
-        body = ZEROS.format(", ".join(argument.arg for argument in node.args.args))
-        found.append(("zeros", with_body(source, exercise.name, body)))
+        names = ", ".join(argument.arg for argument in node.args.args)
+        found.append(("zeros", with_body(source, exercise.name, f"return course_zeros(course_true({names}))")))
     return found + [(wrong.title, wrong_text(source, exercise, wrong)) for wrong in exercise.wrong]
 
 
 class Check:
-    """A pytest plugin: in place of the tests' one run, for each exercise one run per bad version, which has to
-    fail, and the probes, which have to call each wrong version by its own name and by no other."""
+    """A pytest plugin. In place of the tests' one run, each bad version of each exercise has a run, which must
+    fail; and the probes must call each wrong version by its own name and by no other."""
 
     def __init__(self, exercises):
         self.exercises, self.complaints, self.count = exercises, [], 0
 
-    def fails(self, items, spare):
-        """Some test fails. The spare item, which never runs, keeps the session's fixtures alive."""
-        from _pytest.runner import runtestprotocol
-        for item in items:
-            if any(report.failed for report in runtestprotocol(item, log=False, nextitem=spare)):
-                return True
-        return False
-
     def pytest_runtestloop(self, session):
-        ig, source = sys.modules["instructgpt"], true_source()
         for exercise in self.exercises:
             items = [item for item in session.items
                      if any(word in item.name for word in exercise.words) and "course" not in item.name]
             spare = next(item for item in session.items if item not in items)
-            known = references(ig, exercise, source)
-            for version, theirs in known:
-                if named(theirs, known) != [version]:
-                    self.complaints.append(f"{exercise.key}: probes mistake {version and version.title}")
-            for title, text in bad_versions(ig, exercise, source):
-                self.count += 1
-                with swapped(ig, exercise, text):
-                    if title in ("None", "zeros") and None in named(answers(ig, exercise), known):
-                        self.complaints.append(f"{exercise.key}: probes take it for the true one: {title}")
-                    if not self.fails(items, spare):
-                        self.complaints.append(f"{exercise.key}: tests are green: {title}")
+            self.try_all(exercise, sys.modules["instructgpt"], items, spare)
         return True
+
+    def try_all(self, exercise, ig, items, spare):
+        source = true_source()
+        known = references(ig, exercise, source)
+        for version, theirs in known:
+            if named(theirs, known) != [version]:
+                self.complain(exercise, f"the probes mistake {version.title if version else 'the true version'}")
+        for title, text in bad_versions(ig, exercise, source):
+            self.count += 1
+            with swapped(ig, exercise, text):
+                if title in ("None", "zeros") and None in named(answers(ig, exercise), known):
+                    self.complain(exercise, f"the probes take {title} for the true version")
+                if not fails(items, spare):
+                    self.complain(exercise, f"the tests are green: {title}")
+
+    def complain(self, exercise, text):
+        self.complaints.append(f"{exercise.key}: {text}")
+
+
+def fails(items, spare):
+    """Some test fails. The spare item, which does not run, keeps the session's fixtures alive."""
+    from _pytest.runner import runtestprotocol
+    for item in items:
+        if any(report.failed for report in runtestprotocol(item, log=False, nextitem=spare)):
+            return True
+    return False
 
 
 def check(keys):
@@ -852,7 +838,7 @@ def check(keys):
     plugin = Check([EXERCISES[key] for key in keys])
     os.chdir(ROOT)
     sys.path.insert(0, ROOT)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()):
         pytest.main(["-q", "--tb=native", "-p", "no:cacheprovider", TESTS], plugins=[plugin])
     print("\n".join(plugin.complaints + [f"{len(keys)} exercises, {plugin.count} bad versions, "
                                          f"{len(plugin.complaints)} complaints"]))
@@ -862,62 +848,64 @@ def check(keys):
 # ------------------------------------------------------------------------------------------------------------
 # The student's folder
 
-
-def overview():
-    """The exercises as a Markdown table, in the order of the file: the README's too."""
-    rows = ["| paper | function | minutes | whose idea | KEY |", "|---|---|---:|---|---|"]
-    for x in EXERCISES.values():
-        rows.append(f"| {x.place} | `{x.name}` | {x.minutes} | {x.whose} | `{x.key}` |")
-    return "\n".join(rows)
-
-
 GUIDE = """# Exercises
 
-Of instructgpt.py {empty}. Signature and docstring say what each has to do. The rest of the file
-runs up to the first of them and then says which exercise stands there.
+Of instructgpt.py {empty}. Signature and docstring say what each has to do. The rest of the file runs up to the
+first of them, and then says which exercise stands there.
 
-    python data/course.py judge {first}           judges one function; all the others are true while it does
-    python instructgpt.py --smoke            runs as far as it can
+    python data/course.py judge {first}        judges one function; all the others are true while it does
+    python instructgpt.py --smoke ppo          runs as far as it can
 
-Go from top to bottom. Read the named place of the paper first (arXiv 2203.02155), then the comment above the
-section, then the docstring. The action frame, in the docstring of `stack`, is the one picture to learn by heart.
-A slot where the mask is False must not matter, even if it holds NaN: zero_outside() is there for that.
+Go from top to bottom. Read first the place of the paper (arXiv 2203.02155), then the comment above the section,
+then the docstring. The action frame, in the docstring of `stack`, is the one picture to learn by heart. A slot
+where the mask is False must not matter, even if it holds NaN: `zero_outside` is there for that. The tests are
+in test_instructgpt.py.
 
-Where your function equals a version that somebody published by mistake, the judge names it. The true file lies
-packed in data/course_solution.bin, for the judge. Unpacked it is the solution.
+If your function equals a version that somebody published by mistake, the judge names it. For the judge the true
+file lies packed in data/course_solution.bin. Unpacked it is the solution.
 
 {table}
 """
 
 HUNT = """# One mistake
 
-One function of instructgpt.py is wrong here, as somebody once published it. Docstrings and comments are true.
-Do not read code first. Run
+One function of instructgpt.py is wrong, as somebody once published it. Docstrings and comments are true. Do not
+read the code first. Run
 
     python instructgpt.py --smoke ppo
 
-and look at what it prints: the losses, the first ledger, the lines of the iterations. A healthy run looks so
-(numbers differ a little between machines):
+and look at what it prints: losses, the first ledger, the lines of the iterations. This is a healthy run, shortened.
+Its numbers differ a little between machines:
 
 {healthy}
 
-Which number is the first that cannot be right? Which function makes it? Then read that function.
-The answer:
+Which number is the first that cannot be right? Which function makes it? Now read that function. The answer:
 
     python data/course.py student --reveal {number}
 """
 
 
-def write_folder(folder, source, guide, name, ours):
-    """A student's folder. ours: names of the root's files that go into it as they are."""
+def overview(keys):
+    """The exercises as a Markdown table, in the order of the file: the README's too."""
+    rows = ["| paper | function | KEY | minutes | whose idea |", "|---|---|---|---:|---|"]
+    for x in [EXERCISES[key] for key in EXERCISES if key in keys]:
+        rows.append(f"| {x.place} | `{x.name}` | `{x.key}` | {x.minutes} | {x.whose} |")
+    return "\n".join(rows)
+
+
+def copy_data(folder):
+    shutil.copytree(HERE, os.path.join(folder, "data"), ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def write_folder(folder, source, name, guide):
+    """What every student's folder has: the script, data/ and a text that says what to do."""
     if os.path.exists(folder):
         raise SystemExit(f"{folder} is there already: --out names another folder")
     os.makedirs(folder)
     write(os.path.join(folder, SCRIPT), source)
     write(os.path.join(folder, name), guide)
-    for file in ours:
-        shutil.copy(os.path.join(ROOT, file), folder)
     copy_data(folder)
+    print(f"{folder} is written; read {os.path.join(folder, name)}")
 
 
 def student(keys, folder):
@@ -926,121 +914,111 @@ def student(keys, folder):
     for key in keys:
         source = with_text(source, EXERCISES[key].name, hole(source, EXERCISES[key]))
     count = "one function is empty" if len(keys) == 1 else f"{len(keys)} functions are empty"
-    guide = GUIDE.format(empty=count, first=keys[0], table=overview())
-    write_folder(folder, source, guide, "EXERCISES.md", [TESTS])
+    guide = GUIDE.format(empty=count, first=keys[0], table=overview(keys))
+    write_folder(folder, source, "EXERCISES.md", guide)
+    shutil.copy(os.path.join(ROOT, TESTS), folder)
     packed = b64encode(zlib.compress(truth.encode(), 9)).decode()
     write(os.path.join(folder, "data", os.path.basename(SOLUTION)), packed)
-    print(f"{folder}: {count}; read {folder}/EXERCISES.md")
 
 
-def broken(number):
-    """The exercise and the wrong version of a mistake to be found."""
-    key, title = BREAKS[number - 1][:2]
+def mistake(number):
+    """The exercise, the wrong version and what gave it away."""
+    key, title, sign = BREAKS[number - 1]
     exercise = EXERCISES[key]
-    return exercise, next(wrong for wrong in exercise.wrong if wrong.title.startswith(title))
+    return exercise, next(wrong for wrong in exercise.wrong if wrong.title.startswith(title)), sign
 
 
 def student_with_mistake(number, folder):
-    """Writes the folder with one wrong function, and without what would name it."""
+    """Writes the folder with one wrong function, without tests, which would name it."""
     source = true_source()
-    exercise, wrong = broken(number)
+    exercise, wrong, _ = mistake(number)
     source = with_text(source, exercise.name, wrong_text(source, exercise, wrong))
-    write_folder(folder, source, HUNT.format(healthy=HEALTHY, number=number), "MISTAKE.md", [])
-    print(f"{folder}: something is wrong in {SCRIPT}; read {folder}/MISTAKE.md")
+    write_folder(folder, source, "MISTAKE.md", HUNT.format(healthy=HEALTHY, number=number))
 
 
 def reveal(number):
-    exercise, wrong = broken(number)
-    print(f"{number}: {exercise.name}, the version that {wrong.title} (seen in: {wrong.source}).")
+    exercise, wrong, sign = mistake(number)
+    print(f"{exercise.name}: the version that {wrong.title}\n(seen in: {wrong.source})\n")
     for old, new in wrong.edits:
-        print(f"    true   {old}\n    here   " + "\n           ".join(new))
-    print(textwrap.fill(BREAKS[number - 1][2], 108))
+        print("  true  " + old + "\n  here  " + "\n        ".join(new))
+    print("\n" + textwrap.fill(sign, 100))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # KL on one screen
 
 
-def estimates(ig, pi, ref, inside):
-    """Per-token k1, k2 or k3 of all responses, (N,n), by name. inside: whether they stand in the reward."""
-    k1 = ig.kl_k1(pi, ref)
-    if inside:
-        return {"k1 in the reward": k1.detach()}
-    return {"k1 as a loss": k1, "k2 as a loss": 0.5 * k1 ** 2, "k3 as a loss": ig.kl_k3(pi, ref)}
+def enumerated(torch, logits, length):
+    """All responses of 1 or 2 tokens out of three words: the log-probs of their tokens, (N,length). logits
+    (4,3): of the first token, and of the second after each first one."""
+    logprobs = logits.log_softmax(-1)                                           # (4,3)
+    if length == 1:
+        return logprobs[0][:, None]
+    return torch.stack([logprobs[0].repeat_interleave(3), logprobs[1:].flatten()], 1)
 
 
-def enumerated(torch, theta, n):
-    """All responses of n tokens: each one's log-probs, (N,n). theta: logits of the first token (3,) and, for
-    each first token, of the second (3,3)."""
-    first, second = torch.log_softmax(theta[0], -1), torch.log_softmax(theta[1:], -1)
-    if n == 1:
-        return first[:, None]
-    return torch.stack([first[:, None].expand(3, 3), second], -1).reshape(9, 2)
-
-
-def kl_rows(ig, n, gap):
-    """[(estimate, cosine to the exact gradient, bias, variance of one sample)] of responses of n tokens."""
-    torch = ig.torch
-    noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).double()
-    theta, rows = (gap * noise[0]).requires_grad_(), []
-    pi, ref = enumerated(torch, theta, n), enumerated(torch, gap * noise[1], n)
-    weight = pi.sum(1).exp().detach()                                           # (N,) of each response
-    exact, = torch.autograd.grad((pi.sum(1).exp() * (pi - ref).sum(1)).sum(), theta, retain_graph=True)
-    for name, k in {**estimates(ig, pi, ref, True), **estimates(ig, pi, ref, False)}.items():
-        loss = k.sum(1)                                                         # (N,)
-        if name.endswith("reward"):                        # each token is charged for itself and what follows
-            loss = (k.flip(1).cumsum(1).flip(1) * pi).sum(1)
-        slopes = torch.stack([torch.autograd.grad(x, theta, retain_graph=True)[0].flatten() for x in loss])
-        mean, size = weight @ slopes, exact.norm()
-        cosine = float(mean @ exact.flatten() / (mean.norm() * size)) if mean.norm() > 1e-9 else math.nan
-        variance = weight @ (slopes - mean).square().sum(1)
-        rows.append((name, cosine, float((mean - exact.flatten()).norm() / size), float(variance / size ** 2)))
+def kl_rows(ig, length, gap):
+    """[(estimate, cosine to the exact gradient, its bias, the variance of one sample)], the last two relative
+    to the exact gradient."""
+    torch, rows = ig.torch, []
+    noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    logits = (gap * noise[0]).requires_grad_()
+    pi, ref = enumerated(torch, logits, length), enumerated(torch, gap * noise[1], length)      # (N,length)
+    weight, k1 = pi.sum(1).exp(), ig.kl_k1(pi, ref)
+    exact = torch.autograd.grad((weight * k1.sum(1)).sum(), logits, retain_graph=True)[0].flatten()
+    to_come = k1.detach().flip(1).cumsum(1).flip(1)        # what each token is charged for, as by the rewards
+    losses = {"k1 in the reward": to_come * pi, "k1 as a loss": k1, "k2 as a loss": 0.5 * k1 ** 2,
+              "k3 as a loss": ig.kl_k3(pi, ref)}
+    for name, loss in losses.items():
+        slopes = [torch.autograd.grad(x, logits, retain_graph=True)[0].flatten() for x in loss.sum(1)]
+        slopes = torch.stack(slopes)                                            # (N,12) of single samples
+        mean = weight.detach() @ slopes
+        cosine = float(mean @ exact / (mean.norm() * exact.norm())) if mean.norm() > 1e-9 else math.nan
+        variance = weight.detach() @ (slopes - mean).square().sum(1) / exact.square().sum()
+        rows.append((name, cosine, float((mean - exact).norm() / exact.norm()), float(variance)))
     return rows
 
 
 def show_kl(ig):
-    print("Gradients of KL(pi || pi_ref): all responses of three words, expected over pi, beside the exact one.\n"
-          "Bias and variance are in units of the exact gradient, so 0 is right and 1 is as large as it.\n")
-    for n in (1, 2):
-        for gap, far in ((0.3, "near"), (1.5, "far")):
-            print(f"tokens {n}, pi_ref {far:6}        cosine      bias    variance of one sample")
-            for name, cosine, bias, variance in kl_rows(ig, n, gap):
-                print(f"    {name:20}{cosine:10.3f}{bias:10.3f}{variance:12.1f}")
-    print("\nIn the reward k1 is exact for responses of any length, which is why Eq. 2 charges it there; as a loss\n"
-          "its gradient is 0 on average, noise and nothing else.\n"
-          "As a loss k2 is exact for one token but does not see what a token does to later ones, and k3 follows\n"
-          "the other KL, that of pi_ref from pi, which near pi_ref is almost the same and far from it is not.")
-
-
-# ------------------------------------------------------------------------------------------------------------
+    print("The gradient of KL(pi || pi_ref) by samples of pi: all responses of three words, enumerated. Bias and\n"
+          "variance are relative to the exact gradient.\n")
+    for length, gap, told in ((1, 0.3, "1 token,  pi near pi_ref"), (1, 1.5, "1 token,  pi far from it"),
+                              (2, 0.3, "2 tokens, pi near pi_ref"), (2, 1.5, "2 tokens, pi far from it")):
+        print(f"{told:26}  cosine    bias  variance of a sample")
+        for name, cosine, bias, variance in kl_rows(ig, length, gap):
+            print(f"    {name:20}{cosine:10.3f}{bias:8.3f}{variance:10.1f}")
+    print("\nk1 in the reward is exact whatever the length, and so Eq. 2 charges it there; as a loss its gradient is"
+          "\nonly noise around 0, and k2 is exact for one token but does not see what a token does to later ones."
+          "\nk3 as a loss follows another KL, that of pi_ref from pi: nearly the same near pi_ref, not far from it.")
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="course.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands, numbers = parser.add_subparsers(dest="command", required=True), range(1, len(BREAKS) + 1)
     writer = commands.add_parser("student", help="write a student's folder; without KEY list the exercises")
     writer.add_argument("keys", nargs="*", metavar="KEY")
     writer.add_argument("--out", default="student", metavar="DIR")
-    writer.add_argument("--break", dest="broken", type=int, choices=range(1, len(BREAKS) + 1))
-    writer.add_argument("--reveal", type=int, choices=range(1, len(BREAKS) + 1))
+    writer.add_argument("--break", dest="broken", type=int, choices=numbers)
+    writer.add_argument("--reveal", type=int, choices=numbers)
     commands.add_parser("judge", help="judge one function").add_argument("keys", nargs=1, metavar="KEY")
     commands.add_parser("check", help="judge the judge").add_argument("keys", nargs="*", metavar="KEY")
-    commands.add_parser("kl", help="estimates of the KL")
+    commands.add_parser("kl", help="estimates of the KL").set_defaults(keys=[])
     a = parser.parse_args(argv)
-    for key in getattr(a, "keys", []):
-        if key not in EXERCISES and (a.command, key) != ("student", "all"):
+    if a.command == "student" and a.keys == ["all"]:
+        a.keys = list(EXERCISES)
+    for key in a.keys:
+        if key not in EXERCISES:
             parser.error(f"{key} is no exercise; these are: {' '.join(EXERCISES)}")
     return a
 
 
 def main(argv=None):
     a = parse(argv)
-    keys = list(EXERCISES) if a.command == "kl" or "all" in a.keys else a.keys
     if a.command == "judge":
-        return 0 if judge(EXERCISES[keys[0]]) else 1
+        return 0 if judge(EXERCISES[a.keys[0]]) else 1
     if a.command == "check":
-        return 0 if check(keys or list(EXERCISES)) else 1
+        return 0 if check(a.keys or list(EXERCISES)) else 1
     if a.command == "kl":
         with tempfile.TemporaryDirectory() as folder:
             show_kl(module_of(true_source(), folder))
@@ -1048,10 +1026,10 @@ def main(argv=None):
         reveal(a.reveal)
     elif a.broken:
         student_with_mistake(a.broken, a.out)
-    elif keys:
-        student(keys, a.out)
+    elif a.keys:
+        student(a.keys, a.out)
     else:
-        print(overview())
+        print(overview(EXERCISES))
     return 0
 
 
