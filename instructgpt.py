@@ -98,7 +98,7 @@ class Config:
     out: str = setting("out", "folder that the run writes to")
     data: str = setting("", "folder with the data sets; empty: data/ beside this file")
     comparisons: str = setting("", "file to learn from; empty: that in --data, or else labelers rank")
-    device: str = setting("", "cpu, cuda or mps; empty: cuda, if there is one, else cpu")
+    device: str = setting("", "cpu or cuda; empty: cuda, if there is one, else cpu")
     save_every: float = setting(30.0, "seconds of training between two saves")
     seed: int = setting(0, "every random draw follows from it; the same CPU gives the same numbers")
     # the model: GPT-3's form in miniature
@@ -705,8 +705,7 @@ def seed(cfg, stage, step=0, device="cpu"):
 
 def adamw(model, lr):
     """Adam with the paper's betas (App. C); each step sets lr anew. Fused: one kernel for all weights."""
-    fused = model.wte.weight.device.type != "mps"
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 def finite(name, x):
     """The tensor, if all of it is finite; else NotFinite."""
@@ -808,10 +807,9 @@ def sft(cfg, stage, gpt, demos, corpus):
         prompts, responses = zip(*[demos[i] for i in plan[step]])
         tokens, mask, _ = stack(prompts, responses, device)                     # (B,T), (B,T-1)
         loss = lm_loss(model, tokens, mask)
-        web_loss = torch.zeros(())
+        web_loss = 0
         if mixed:
-            web = corpus_batch(corpus, mixed, cfg.block_size, generator, device)               # (mixed,block)
-            web_loss = lm_loss(model, web)
+            web_loss = lm_loss(model, corpus_batch(corpus, mixed, cfg.block_size, generator, device))
         # Both losses are means: without the weight 4 web rows would count as much as 32 demonstrations.
         (loss + cfg.sft_mix * web_loss).backward()
         clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, len(plan)))
@@ -913,8 +911,8 @@ def train_reward_model(cfg, stage, enc, sft_model, comparisons, demos):
     reward_model = copy_of(sft_model, head="scalar").train()
     optimizer = adamw(reward_model, cfg.rm_lr)
     data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
-    lengths = [len(prompt) for prompt, _, _ in data]
-    plan = batches(lengths, cfg.rm_batch, cfg.rm_epochs, seed(cfg, stage, "plan"))
+    lengths, generator = [len(prompt) for prompt, _, _ in data], seed(cfg, stage, "plan")
+    plan = batches(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
     steps = Steps(cfg, stage, len(plan), model=reward_model, optimizer=optimizer)
     for step in steps:
         scores, ranks = score_comparisons(reward_model, [data[i] for i in plan[step]])         # (B,K) each
@@ -2039,9 +2037,8 @@ def report(cfg, seconds, gpt, results, shown, world):
 
 def find_device(name):
     """The torch device of this name, made the current one; without a name a CUDA GPU or, where there is none,
-    the CPU. MPS is taken only by name, and from torch 2.12 on: before, its attention was silently wrong."""
+    the CPU (a Mac's too: nobody has tried its GPU here)."""
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
-    there += ["mps"] if torch.backends.mps.is_available() and torch.__version__ >= "2.12" else []
     name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
     if name not in there:
         raise UserError(f"--device: must be one of {', '.join(there)}; met {name}")
@@ -2050,14 +2047,15 @@ def find_device(name):
         torch.backends.cuda.enable_cudnn_sdp(False)        # plans anew, some 30 ms, for each shape it meets
     return torch.device(name)
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                              # one line instead of the whole usage
-        raise UserError(f"{message}; see: python instructgpt.py --help")
+def refuse(message):
+    """What argparse calls for a wrong flag: one line instead of the whole usage."""
+    raise UserError(f"{message}; see: python instructgpt.py --help")
 
 def parse(argv):
     """Command line -> (arguments, Config, names of the stages that are wanted). A setting that is not given
     has the value of --smoke, or else that of --out's last run, of --from's, or the default."""
-    parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
+    parser.error = refuse
     known = f"any of {', '.join(READS)}, or chat, or label; none: the whole paper"
     parser.add_argument("stages", nargs="*", metavar="stage", help=known)
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="who answers in chat")
