@@ -25,7 +25,7 @@ Read it beside the paper, top to bottom; you can stop after each section:
     Step 1                supervised fine-tuning on demonstrations                                C.1, C.3
     Step 2                comparisons and the reward model                                        C.2
     Step 3                PPO and PPO-ptx, Eq. 2                                                  C.4
-    Neighbours            REINFORCE, DPO, KTO on the same data
+    Neighbours            REINFORCE, DPO, KTO, RLAIF on the same data
     Evaluation            preference, truth, manners, bias, the alignment tax                     4
     Files                 readers of data, what a folder remembers
     GPT-2 weights         as published: read, checked, turned
@@ -1243,10 +1243,6 @@ MODELS = {"GPT": "pretrain", "FLAN": "flan", "SFT": "sft", "PPO": "ppo", "PPO-pt
           "REINFORCE": "reinforce", "DPO": "dpo", "KTO": "kto", "RLAIF": "rlaif"}
 BASE_MODELS = ("GPT", "GPT (prompted)", "rival GPT")       # their answers run on, and are cut at a newline
 
-def above(a, b):
-    """1 if a > b, 0 if a < b, one half if they are equal."""
-    return 0.5 if a == b else float(a > b)
-
 def means_by(keys, values):
     """{key: mean of its values}, sorted."""
     return {key: mean([x for k, x in zip(keys, values) if k == key]) for key in sorted(set(keys))}
@@ -1254,8 +1250,9 @@ def means_by(keys, values):
 def hits(mine, theirs, ids):
     """Over the pairs of unequal responses of one prompt on which `theirs` has a preference: 1 where `mine`
     has the same, 0 where it has the opposite, one half where it has none. Both: a number per response."""
-    pairs = [(i, j) for i in range(len(ids)) for j in range(i) if ids[i] != ids[j] and theirs[i] != theirs[j]]
-    return [1 - abs(above(mine[i], mine[j]) - above(theirs[i], theirs[j])) for i, j in pairs]
+    K = range(len(ids))
+    pairs = [(i, j) for i in K for j in K if ids[i] != ids[j] and theirs[i] > theirs[j]]
+    return [0.5 if mine[i] == mine[j] else float(mine[i] > mine[j]) for i, j in pairs]
 
 def judge_reward_model(cfg, enc, reward_model, comparisons):
     """On held-out comparisons: accuracy against the labeler. In the toy world also the agreement of a second
@@ -1773,14 +1770,13 @@ def accept(cfg, files, source):
     """Before a command trains: refuses it if --out holds a stage, finished or begun, that read something
     else; takes the finished stages of --from that read the same; then writes down what this run reads."""
     now, (then, old_files), taken = asdict(cfg), remembered(cfg.out), []
-    then = {**asdict(Config()), **then}
     for stage in list(READS)[:-1]:
         mark, path = mark_of(stage, now, files), os.path.join(cfg.out, stage)
         theirs, changed = os.path.join(source or cfg.out, stage + ".pt"), ""
         if os.path.exists(path + ".pt"):
             changed = difference(load(path + ".pt", peek=True)["mark"], mark)
         elif os.path.exists(path + ".part"):
-            changed = difference(mark_of(stage, then, old_files), mark)
+            changed = difference(mark_of(stage, {**asdict(Config()), **then}, old_files), mark)
         elif os.path.exists(theirs):
             other = difference(load(theirs, peek=True)["mark"], mark)
             print(f"{stage}: not taken, {other}" if other else f"{stage}: taken from {source}")
@@ -1938,9 +1934,8 @@ def chat(cfg, data, device, names):
         if not text or len(ids) > room:
             print(f"a question has 1 to {room - len(encode_prompt(enc, ''))} tokens")
             continue
-        unknown = data.world.unknown_words(text) if data.world else []
-        if unknown:
-            print(f"the toy world has no {', '.join(unknown)}")
+        for word in data.world.unknown_words(text) if data.world else []:
+            print(f"the toy world has no {word}")
         print(f"{'reward':>15}{'KL':>7}")
         for name, model in models.items():
             answers = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=name in BASE_MODELS)
