@@ -66,7 +66,7 @@ Left out on purpose
 """
 import argparse                                  # the command line
 import hashlib                                   # seeds of steps, fingerprints of files
-import importlib.util                            # loads data/toyworld.py; readline, where there is one
+import importlib                                 # loads data/toyworld.py and data/picture.py
 import json
 import math
 import os
@@ -127,7 +127,7 @@ class Config:
     rm_batch: int = setting(8, "prompts per step, each with all its pairs", "64", low=1)
     rm_lr: float = setting(6e-4, "peak learning rate, cosine to a tenth", "9e-6")
     # step 3: reinforcement learning
-    iterations: int = setting(60, "PPO iterations", "500, from 256k episodes / 512")
+    iterations: int = setting(60, "PPO iterations", "500, from 256k episodes / 512", low=1)
     episodes: int = setting(256, "episodes per iteration", "512", low=1)
     minibatches: int = setting(8, "minibatches per iteration, one step each, one inner epoch", "8", low=1)
     policy_lr: float = setting(2e-4, "policy's learning rate", "not stated; 2.55e-6 to 2.55e-5 tried")
@@ -135,7 +135,7 @@ class Config:
     warmup: int = setting(10, "warm-up iterations from a tenth of the peak, constant after it", "10")
     beta: float = setting(0.2, "KL coefficient, in units of score per nat", "0.02")
     ptx_coef: float = setting(1.0, "weight of the pretraining loss in PPO-ptx; Eq. 2's gamma", "27.8")
-    ptx_rows: int = setting(1, "pretraining rows per episode", "8")
+    ptx_rows: int = setting(1, "pretraining rows per episode", "8", low=1)
     cliprange: float = setting(0.2, "PPO's clip of the ratio", "0.2")
     value_clip: float = setting(0.2, "clip of the value's move", "not stated; Ziegler: 0.2")
     lam: float = setting(0.95, "GAE's lambda", "not stated; ancestors: 0.95", high=1)
@@ -1113,8 +1113,8 @@ def ledger(cfg, enc, e):
 # RLAIF is the paper's method with a model as the labeler.
 
 def reinforce(rewards, values, mask, discount=1.0, lam=1.0):
-    """REINFORCE with a baseline (Williams 1992), in gae's place: no value net (the loop's learns on, unread)
-    and no credit for single tokens; each gets its whole episode's reward, less the mean of the batch.
+    """REINFORCE with a baseline (Williams 1992), in gae's place. The loop's value net still trains, but
+    nothing reads it. No token gets credit of its own: each gets its whole episode's reward, less the mean.
 
         A_t = R - mean R,   R = sum of the episode's rewards = score - beta * log( pi(y|x) / pi_SFT(y|x) )
 
@@ -1218,7 +1218,7 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
 
         score = log p(y | good page, x) - 1/2 log p(y | rude page, x) - 1/2 log p(y)
 
-    The last term takes away what is likely anyway. A long prompt loses the beginning of its page."""
+    The last term takes away what is likely anyway. What does not fit is cut at the front."""
     room, size, ranked = cfg.block_size - cfg.max_new_tokens, 256, []
     steps = Steps(cfg, "judged", math.ceil(len(comparisons) / size))
     for step in steps:
@@ -1317,8 +1317,9 @@ def bias_bits(model, enc, request, items):
 def few_shot(model, enc, items):
     """Share of exact continuations at temperature 0 on a task of the corpus: the alignment tax (4.2)."""
     wanted = [enc.encode_ordinary(p["answer"]) for p in items]
-    prompts = [enc.encode_ordinary(p["prompt"]) for p in items]
-    answers = respond(model, enc, prompts, max(map(len, wanted)) + 1, None, temperature=0)
+    longest = max(map(len, wanted)) + 1
+    prompts = [enc.encode_ordinary(p["prompt"])[longest - model.config.block_size:] for p in items]
+    answers = respond(model, enc, prompts, longest, None, temperature=0)
     return mean([answer.ids[:len(ids)] == ids for answer, ids in zip(answers, wanted)])
 
 @torch.no_grad()
@@ -1335,7 +1336,7 @@ def question(cfg, data, name, model, sets):
     enc, room, answers = data.enc, cfg.block_size - cfg.max_new_tokens, {}
     generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # for all models the same luck
     for which, items in sets.items():
-        prompts = [encode_prompt(enc, p["prompt"]) for p in items]
+        prompts = [encode_prompt(enc, p["prompt"])[-room:] for p in items]
         lengths = [len(prompt) for prompt in prompts]      # so all models are cut into the same parts
         if name == "GPT (prompted)":
             longer = [encode_prompt(enc, data.probes["prefix"] + p["prompt"]) for p in items]
@@ -1402,8 +1403,7 @@ def table(results):
     """The results as text: a row per model, a column for what was measured."""
     keys = [key for key in COLUMNS if key in results["GPT"]]
     lines = [" " * 15 + "".join(f"{COLUMNS[key]:>11}" for key in keys)]
-    for name, result in results.items():
-        lines.append(f"{name:15}" + "".join(f"{result[key]:11.3f}" for key in keys))
+    lines += [f"{name:15}" + "".join(f"{x[key]:11.3f}" for key in keys) for name, x in results.items()]
     return "\n".join(lines)
 
 def on_a_line(text, ended):
@@ -1430,8 +1430,8 @@ class UserError(Exception):
 
 @contextmanager
 def reading(path, must):
-    """Around the decoding of a file: whatever comes up becomes a UserError that says where (set .line), what
-    the file must be, and what was met."""
+    """Around the decoding of a file: whatever comes up, but for a lack of memory, becomes a UserError that
+    says where (set .line), what the file must be, and what was met."""
     at = argparse.Namespace(line=None)                     # from 1 on; None: not one line
     try:
         yield at
@@ -1661,7 +1661,7 @@ class Data:
         for p in self.rl_prompts:
             p["ids"] = encode_prompt(enc, p["prompt"])
         self.tests = self.rows("test.jsonl", "prompt")
-        if not self.world:
+        if self.tests and not self.world:
             trained = {p["prompt"] for p in demos + self.rm_prompts + self.comparisons + self.rl_prompts}
             known = sum(p["prompt"] in trained for p in self.tests)
             print(f"test.jsonl: {known} of {len(self.tests)} prompts stand in training files too; "
@@ -1669,9 +1669,9 @@ class Data:
         self.tests = self.tests[:cfg.test_prompts]
         self.corpus = self.read_corpus("pretrain.txt")
         self.corpus_valid = self.read_corpus("pretrain_valid.txt")
-        mixed = {"ppo_ptx", "reinforce", "sft"} if cfg.sft_mix else {"ppo_ptx", "reinforce"}
+        mixed = {"ppo_ptx", "reinforce", "rlaif"} | ({"sft", "flan"} if cfg.sft_mix else set())
         if not self.corpus and mixed & {*wanted}:
-            raise UserError(f"{self.path('pretrain.txt')}: must be there; without it: ppo, and --sft_mix 0")
+            raise UserError(f"{self.path('pretrain.txt')}: must be there, but for --sft_mix 0 and ppo")
 
     def path(self, name):
         """Of a file of the folder, or the one that --comparisons names."""
@@ -1738,7 +1738,7 @@ READS = {                                        # stage: (needs, settings, file
     "reinforce": ("rm", PPO_READS + " ptx_coef ptx_rows", "ppo_train.jsonl"),
     "dpo": ("collect", "rm_batch beta policy_lr", "comparisons.jsonl"),
     "kto": ("collect", "rm_batch beta policy_lr", "comparisons.jsonl"),
-    "judged": ("collect", "", "probes.json"),
+    "judged": ("collect", "", "probes.json comparisons.jsonl"),
     "rm_rlaif": ("judged", "rm_epochs rm_batch rm_lr", ""),
     "rlaif": ("rm_rlaif", PPO_READS + " ptx_coef ptx_rows", "ppo_train.jsonl"),
     "evaluate": ("rm", "", "test.jsonl")}
@@ -1782,7 +1782,7 @@ def accept(cfg, files, source):
             print(f"{stage}: not taken, {other}" if other else f"{stage}: taken from {source}")
             taken += [] if other else [stage + ".pt"]
         if changed:
-            raise UserError(f"{path}.pt: {changed}; give that as it was, or --from {cfg.out} --out NEW")
+            raise UserError(f"{path}: {changed}; give that as it was, or --from {cfg.out} --out NEW")
     with reading(f"--out {cfg.out}", "a folder that can be written"):
         os.makedirs(cfg.out, exist_ok=True)
     for name in taken:
@@ -1888,13 +1888,14 @@ def label(cfg, data, device):
     Each ranking is saved at once, as a comparison."""
     enc, path, before, done = data.enc, os.path.join(cfg.out, "labels.jsonl"), "", []
     policy = finished(cfg, "sft", device)
+    check_size(cfg.out, policy, cfg, enc)
+    if not data.rm_prompts:
+        raise UserError(f"{data.path('rm_train.jsonl')}: must be there, with prompts")
     if os.path.exists(path):                               # what was typed once is never written anew
         before = read_text(path).rstrip("\n") + "\n"
         done = read_rows(cfg, enc, path, before, "comparison")
     ranked, tasks = {c["prompt"] for c in done}, {p["prompt"]: p.get("task") for p in data.rm_prompts}
-    for p in data.rm_prompts:
-        if p["prompt"] in ranked or p["split"] != "train":
-            continue
+    for p in [p for p in data.rm_prompts if p["split"] == "train" and p["prompt"] not in ranked]:
         asked = [encode_prompt(enc, p["prompt"])] * cfg.k_min
         answers = respond(policy, enc, asked, cfg.max_new_tokens, seed(cfg, "label", p["prompt"], device))
         shown = list(dict.fromkeys(plain(answers)))        # each answer once
@@ -1914,8 +1915,8 @@ def label(cfg, data, device):
         save(path, before)
         if data.world:
             yours = [{**c, "task": tasks[c["prompt"]]} for c in done if c["prompt"] in tasks]
-            hits = data.world.your_agreement(yours, random.Random(cfg.seed))
-            print(f"agreement so far {mean(hits):.2f} of {len(hits)} pairs (labelers among themselves: 0.73)")
+            same = data.world.your_agreement(yours, random.Random(cfg.seed))
+            print(f"agreement so far {mean(same):.2f} of {len(same)} pairs (labelers among themselves: 0.73)")
     print(f"{path}: {len(done)} rankings; for a run: --from {cfg.out} --out NEW --comparisons {path}")
 
 def chat(cfg, data, device, names):
@@ -1925,6 +1926,7 @@ def chat(cfg, data, device, names):
     there = [name for name, stage in MODELS.items() if os.path.exists(os.path.join(cfg.out, stage + ".pt"))]
     models = {name: finished(cfg, MODELS[name], device) for name in names or there}
     sft_model, reward_model = finished(cfg, "sft", device), finished(cfg, "rm", device)
+    check_size(cfg.out, sft_model, cfg, enc)
     print("Ask; q quits. Reward: demonstrations are at 0; *: no end, so fixed. KL to SFT, nats per response")
     while True:
         text = ask("> ")
@@ -1991,7 +1993,7 @@ def run(cfg, wanted, data, device, rival):
     train = [c for c in data.comparisons or ranked if c["split"] == "train"]    # yours, or the labelers'
     valid = [c for c in data.comparisons + ranked if c["split"] == "valid"]
     reward_model = job.stage("rm", train_reward_model, "rm", enc, sft_model, train, data.demos)
-    if reward_model:
+    if reward_model and valid:
         shares = judge_reward_model(cfg, enc, reward_model, valid)
         print("Good enough?", ", ".join(f"{k} {x:.2f}" for k, x in shares.items() if type(x) is float))
     # Step 3: PPO against the reward model, without and with the pretraining mix; and the neighbours
@@ -2031,8 +2033,8 @@ def report(cfg, seconds, gpt, results, shown, world):
     print(f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, log.jsonl, ...")
 
 def find_device(name):
-    """The torch device of this name, made the current one; without a name a CUDA GPU or, where there is none,
-    the CPU (a Mac's too: nobody has tried its GPU here)."""
+    """The torch device of this name, made the current one. Without a name: a CUDA GPU if there is one, else
+    the CPU. A Mac's GPU is not used."""
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     name = {"": there[0], "cuda": "cuda:0"}.get(name, name)
     if name not in there:
@@ -2129,7 +2131,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         code, told = 130, "stopped; the same command goes on where it last saved"
     except (RuntimeError, MemoryError) as e:               # torch.OutOfMemoryError is one too
-        if "memory" not in str(e) and not isinstance(e, MemoryError):
+        if not isinstance(e, MemoryError) and not any(word in str(e) for word in ("memory", "ALLOC_FAILED")):
             raise
         told = f"out of memory: raise --minibatches, or lower --episodes, --sft_batch, --rm_batch ({e!s:.60})"
     print(f"instructgpt.py: {told}", file=sys.stderr)
