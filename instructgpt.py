@@ -1397,7 +1397,8 @@ def evaluate(cfg, data, models, reward_model, comparisons):
 # columns of the table: name in results.json -> its heading
 COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
            "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true",
-           "hallucinates": "invents", "rude": "rude", "tax": "tax", "reward": "reward", "kl_k1": "KL"}
+           "hallucinates": "invents", "rude": "rude", "tax": "tax", "reward": "reward", "kl_k1": "KL",
+           "ended": "ended"}
 
 def table(results):
     """The results as text: a row per model, a column for what was measured."""
@@ -1782,7 +1783,7 @@ def accept(cfg, files, source):
             print(f"{stage}: not taken, {other}" if other else f"{stage}: taken from {source}")
             taken += [] if other else [stage + ".pt"]
         if changed:
-            raise UserError(f"{path}: {changed}; give that as it was, or --from {cfg.out} --out NEW")
+            raise UserError(f"{path}.pt: {changed}; give that as it was, or --from {cfg.out} --out NEW")
     with reading(f"--out {cfg.out}", "a folder that can be written"):
         os.makedirs(cfg.out, exist_ok=True)
     for name in taken:

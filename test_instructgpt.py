@@ -1488,7 +1488,8 @@ def test_mark_is_taken_when_the_file_is_read(there, monkeypatch):      # case 3
 
 def test_chat_and_label_never_write_settings(there, monkeypatch):      # cases 22, 24 and 26
     out, before = there / "out", files_of(there / "out")
-    for words in ("chat --models SFT PPO", "chat --beta 9", f"chat --data {DATA}", "label --beta 9"):
+    refused(["label", "--out", out], "rm_train.jsonl")                     # nothing to rank answers to
+    for words in ("chat --models SFT PPO", "chat --beta 9", f"chat --data {DATA}"):
         monkeypatch.setattr("sys.stdin", io.StringIO("Tell of a fox and a lamp.\nq\n"))
         done = command(*words.split(), "--out", out)
         assert done.code == 0 and not CONTROL.search(done.out)
