@@ -676,9 +676,7 @@ def cosine(step, steps, warmup=0):
 
 def warmup_factor(iteration, warmup):
     """The factor of RL's learning rate: from a tenth to 1 over the first iterations, then constant (C.4)."""
-    if warmup == 0:
-        return 1.0
-    return 0.1 + 0.9 * min(1, iteration / warmup)
+    return 0.1 + 0.9 * min(1, iteration / warmup) if warmup else 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -698,8 +696,7 @@ class NotFinite(Exception):
 
 def seed(cfg, stage, step=0, device="cpu"):
     """The generator for one step of a stage. PyTorch's own (initial weights, dropout) is seeded too."""
-    digest = hashlib.sha256(f"{cfg.seed} {stage} {step}".encode()).digest()
-    number = int.from_bytes(digest[:7], "little")
+    number = int.from_bytes(hashlib.sha256(f"{cfg.seed} {stage} {step}".encode()).digest()[:7], "little")
     torch.manual_seed(number)
     return torch.Generator(device).manual_seed(number)
 
@@ -764,8 +761,7 @@ class Steps:
             self.shown = now
             left = (now - self.start) / (done - self.first) * (self.n - done)
             text = "  ".join(f"{name} {x:.3g}" for name, x in numbers.items())
-            text += f"  left {left // 60:.0f}:{left % 60:02.0f}"
-            print(f"{self.stage:9}{done:5}/{self.n}  {text}", flush=True)
+            print(f"{self.stage:9}{done:5}/{self.n}  {text}  left {left:.0f} s", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -887,12 +883,8 @@ def encode_comparisons(enc, comparisons, longest):
 
 def rows_of(batch):
     """Encoded comparisons -> prompts and responses, N lists of ids each, without the responses of rank 0."""
-    prompts, responses = [], []
-    for prompt, answers, ranks in batch:
-        kept = [answer for answer, rank in zip(answers, ranks) if rank > 0]
-        prompts += [prompt] * len(kept)
-        responses += kept
-    return prompts, responses
+    kept = [(x, y) for x, answers, ranks in batch for y, rank in zip(answers, ranks) if rank > 0]
+    return [x for x, _ in kept], [y for _, y in kept]
 
 def score_comparisons(reward_model, batch):
     """Encoded comparisons -> scores (B,K), ranks (B,K), K the most of any prompt. One forward per response:
@@ -927,13 +919,12 @@ def train_reward_model(cfg, stage, enc, sft_model, comparisons, demos):
 @torch.no_grad()
 def score_all(reward_model, prompts, responses):
     """r_theta(x, y) of N rows of ids -> list of N numbers, the last token's."""
-    device, scores = reward_model.wte.weight.device, [0.0] * len(prompts)
+    device, scores = reward_model.wte.weight.device, torch.zeros(len(prompts))
     lengths = [len(x) + len(y) for x, y in zip(prompts, responses)]
     for part in parts_by_length(lengths, tokens_at_once(device)):
         tokens, _, last = stack([prompts[i] for i in part], [responses[i] for i in part], device)
-        for i, score in zip(part, reward_scores(reward_model, tokens, last).tolist()):
-            scores[i] = score
-    return scores
+        scores[part] = reward_scores(reward_model, tokens, last).cpu()
+    return scores.tolist()
 
 @torch.no_grad()
 def normalise_reward(reward_model, demos):
@@ -1153,17 +1144,12 @@ def response_logprobs(model, prompts, responses):
     tokens, mask, _ = stack(prompts, responses, model.wte.weight.device)        # (N,T), (N,T-1)
     return token_logprobs(model, tokens, 1.0, mask).sum(1)
 
-def compared(batch):
-    """Of the rows of rows_of: the pairs (i, j) in which i is the better one, and for each row how many pairs
-    it won less how many it lost. Only the order of the ranks counts, not their size."""
-    pairs, merit, first = [], [], 0
-    for _, _, ranks in batch:
-        kept = [rank for rank in ranks if rank > 0]
-        places = range(len(kept))
-        pairs += [(first + i, first + j) for i in places for j in places if kept[i] < kept[j]]
-        merit += [sum((other > mine) - (other < mine) for other in kept) for mine in kept]
-        first += len(kept)
-    return pairs, merit
+def beats(batch, device):
+    """Of the N rows of rows_of: (N,N) bool, True where row i ranks above row j of the same prompt. Only the
+    order of the ranks counts, not their size."""
+    kept = [(at, rank) for at, (_, _, ranks) in enumerate(batch) for rank in ranks if rank > 0]
+    at, ranks = torch.tensor(kept, device=device).T                             # (N,) each
+    return (at[:, None] == at) & (ranks[:, None] < ranks)
 
 def train_dpo(cfg, enc, sft_model, comparisons):
     """The SFT model after one pass over all pairs of the comparisons, at PPO's beta and learning rate."""
@@ -1174,7 +1160,7 @@ def train_dpo(cfg, enc, sft_model, comparisons):
     for step in steps:
         batch = [data[i] for i in plan[step]]
         prompts, responses = rows_of(batch)
-        winners, losers = torch.tensor(compared(batch)[0], device=policy.wte.weight.device).T  # (pairs,) each
+        winners, losers = beats(batch, policy.wte.weight.device).nonzero(as_tuple=True)        # (pairs,) each
         with torch.no_grad():
             ref_logp = response_logprobs(reference, prompts, responses)         # (N,)
         logp = response_logprobs(policy, prompts, responses)                    # (N,)
@@ -1198,7 +1184,8 @@ def train_kto(cfg, enc, sft_model, comparisons):
     for step in steps:
         batch = [data[i] for i in plan[step]]
         prompts, responses = rows_of(batch)
-        desirable = torch.tensor(compared(batch)[1], device=policy.wte.weight.device) > 0      # (N,)
+        better = beats(batch, policy.wte.weight.device)                         # (N,N)
+        desirable = better.sum(1) > better.sum(0)          # (N,) wins more pairs than it loses
         # each prompt with the responses to another one
         other = rows_of([(data[i][0],) + another_prompt(data, i)[1:] for i in plan[step]])
         with torch.no_grad():
@@ -1298,8 +1285,7 @@ def kl_of(reference, prompts, answers):
 def exact_kl(policy, reference, tokens, mask):
     """KL(pi || pi_ref), (B,T) -> (B,) nats: over the vocabulary in the state before each response token,
     summed. For greedy answers: their tokens are no samples of pi, so k1 and k3 would say nothing."""
-    p = log_softmax(policy(tokens)[:, :-1], 1.0)                                # (B,T-1,V)
-    q = log_softmax(reference(tokens)[:, :-1], 1.0)                             # (B,T-1,V)
+    p, q = [log_softmax(model(tokens)[:, :-1], 1.0) for model in (policy, reference)]      # (B,T-1,V) each
     return zero_outside(mask, (p.exp() * (p - q)).sum(-1)).sum(1)
 
 @torch.no_grad()
@@ -1349,10 +1335,6 @@ def plain(answers):
     """Answers as the toy world takes them."""
     return [(answer.text, answer.ended) for answer in answers]
 
-def half_width(x):
-    """Of the 95 % interval of a mean over prompts."""
-    return 1.96 * float(np.std(x)) / math.sqrt(len(x)) if len(x) else 0.0
-
 def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, opponents):
     """All numbers of a model: means over prompts, in ci95 their half-widths, and a few that are no means."""
     mine, prompts = answers["tests"], [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
@@ -1372,7 +1354,7 @@ def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, oppon
         other["bias_bits"] = {name: bias_bits(model, data.enc, requests[name], data.probes["bias"])
                               for name in requests}
     return {**{key: mean(v) for key, v in lists.items()}, **other,
-            "ci95": {key: half_width(v) for key, v in lists.items()}}
+            "ci95": {key: 1.96 * float(np.std(v)) / math.sqrt(len(v)) for key, v in lists.items() if len(v)}}
 
 def evaluate(cfg, data, models, reward_model, comparisons):
     """models: {name: GPT}; comparisons: held-out ones -> (parts of results.json, {name: {set: Answers}})."""
@@ -1396,9 +1378,8 @@ def evaluate(cfg, data, models, reward_model, comparisons):
 
 # columns of the table: name in results.json -> its heading
 COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
-           "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true",
-           "hallucinates": "invents", "rude": "rude", "tax": "tax", "reward": "reward", "kl_k1": "KL",
-           "ended": "ended"}
+           "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true", "rude": "rude",
+           "hallucinates": "invents", "tax": "tax", "reward": "reward", "kl_k1": "KL", "ended": "ended"}
 
 def table(results):
     """The results as text: a row per model, a column for what was measured."""
@@ -1443,7 +1424,7 @@ def reading(path, must):
         met = e.strerror if isinstance(e, OSError) else " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{where}: must be {must}; met {met}") from e
 
-CHECKPOINT = "a whole checkpoint of this version (remove it, and it is made again)"
+CHECKPOINT = "a whole checkpoint (remove it, and the command that names its stage and this --out makes it)"
 
 def load(path, device="cpu", peek=False):
     """A checkpoint of ours as a dict; UserError for any other file. It is data: nothing in it is executed.
@@ -1487,8 +1468,6 @@ def pack(made):
 def finished(cfg, stage, device):
     """What a finished stage made: a model, frozen, or comparisons. UserError if it is not there."""
     path = os.path.join(cfg.out, stage + ".pt")
-    if not os.path.exists(path):
-        raise UserError(f"{path}: must be there: python instructgpt.py {stage} --out {cfg.out} makes it")
     checkpoint = load(path, device)
     if "comparisons" in checkpoint:
         return checkpoint["comparisons"]
@@ -1629,9 +1608,8 @@ def module_at(path):
     """The Python file at this path as a module; None if it is not there."""
     if not os.path.exists(path):
         return None
-    folder, name = os.path.split(path)
-    sys.path.insert(0, folder)
-    return importlib.import_module(name.removesuffix(".py"))
+    sys.path.insert(0, os.path.dirname(path))
+    return importlib.import_module(os.path.basename(path).removesuffix(".py"))
 
 class Data:
     """The folder of --data, read and checked before the first stage, so that a mistake is told at once. What
@@ -1764,8 +1742,7 @@ def remembered(folder):
     text = read_text(path)
     with reading(path, "as a run wrote it; remove it, and give the run's settings again"):
         memory = json.loads(text)
-        settings = {name: x for name, x in memory["settings"].items() if hasattr(Config, name)}
-        return settings, dict(memory["files"])
+        return {k: x for k, x in memory["settings"].items() if hasattr(Config, k)}, dict(memory["files"])
 
 def accept(cfg, files, source):
     """Before a command trains: refuses it if --out holds a stage, finished or begun, that read something
@@ -2042,7 +2019,6 @@ def find_device(name):
         raise UserError(f"--device: must be one of {', '.join(there)}; met {name}")
     if name.startswith("cuda"):
         torch.cuda.set_device(name)                        # streams and graphs go by the current one
-        torch.backends.cuda.enable_cudnn_sdp(False)        # plans anew, some 30 ms, for each shape it meets
     return torch.device(name)
 
 def refuse(message):

@@ -295,7 +295,7 @@ train_dpo | train_dpo | 40 | not in the paper | Rafailov et al. 2023 | train_dpo
         response_logprobs(policy, prompts, responses)
             >> response_logprobs(policy, prompts, responses) / torch.tensor([len(y) for y in responses])
     takes one pair of each batch and not all | Zephyr's binarised UltraFeedback: one pair of four answers
-        compared(batch)[0] >> compared(batch)[0][:1]
+        .nonzero(as_tuple=True) >> .nonzero()[:1].T
 """
 
 # Mistakes to be found in a run of the miniature: (key, how its title begins, what gave it away).

@@ -1540,7 +1540,7 @@ def claims(results):
         runs = all(results["config"][name] == x for name, x in claim.when)
         if runs and value is not None and other is not None:
             width = math.hypot(half, other_half)
-            ours = f"{value:.2f}" if other == 0.5 else f"{value:.2f}, {claim.than} {other:.2f}"
+            ours = f"{value:.2f}" if claim.than == 0.5 else f"{value:.2f}, {claim.than} {other:.2f}"
             row.update(ours=ours.replace("reward_model", "labelers"), ci95=round(width, 3),
                        verdict=verdict_of(value - other, width, claim.sign))
         rows.append(row)
