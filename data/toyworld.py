@@ -1466,8 +1466,8 @@ SAME = 0.05                                      # a claim of no difference allo
 
 @dataclass(frozen=True)
 class Claim:
-    """`model` has more (sign 1), less (-1) or no more nor less (0) of `measure` than `than`: another model, or
-    a share of one half. `when`: settings that a run needs to speak about it."""
+    """`model` has more (sign 1), less (-1) or no more nor less (0) of `measure` than `than`: another model,
+    or a number. `when`: settings that a run needs to speak about it."""
     text: str
     where: str           # in the paper
     paper: str           # the paper's number, where its text has one
@@ -1488,8 +1488,8 @@ CLAIMS = [
     Claim("such a model is not preferred to SFT", "Fig. 5", "0.30", "FLAN", "win_vs_sft", -1),
     Claim("held-out labelers prefer PPO-ptx to SFT too", "Fig. 3", "", "PPO-ptx", "win_vs_sft_heldout", 1),
     Claim("a small PPO-ptx is preferred to a large GPT", "Fig. 1", "", "PPO-ptx", "win_vs_rival", 1),
-    Claim("PPO-ptx is more truthful and informative than GPT", "4.2", "2 x", "PPO-ptx", "truthful_informative",
-          1, "GPT"),
+    Claim("PPO-ptx is more truthful and informative than GPT", "4.2", "2 x", "PPO-ptx",
+          "truthful_informative", 1, "GPT"),
     Claim("it invents less in closed domains", "4.1", "0.21, GPT 0.41", "PPO-ptx", "hallucinates", -1, "GPT"),
     Claim("it satisfies more constraints", "Fig. 4", "", "PPO-ptx", "constraint", 1, "GPT"),
     Claim("it is less rude, when asked to be respectful", "4.2", "25 % less toxic", "PPO-ptx",
@@ -1540,7 +1540,9 @@ def claims(results):
         runs = all(results["config"][name] == x for name, x in claim.when)
         if runs and value is not None and other is not None:
             width = math.hypot(half, other_half)
-            ours = f"{value:.2f}" if claim.than == 0.5 else f"{value:.2f}, {claim.than} {other:.2f}"
+            ours = f"{value:.2f}"
+            if isinstance(claim.than, str):
+                ours += f", {claim.than} {other:.2f}"
             row.update(ours=ours.replace("reward_model", "labelers"), ci95=round(width, 3),
                        verdict=verdict_of(value - other, width, claim.sign))
         rows.append(row)
