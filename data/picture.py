@@ -22,8 +22,8 @@ SETTINGS = ("episodes", "minibatches", "policy_lr", "value_lr", "beta", "ptx_coe
             "n_embd", "n_layer", "pretrain_steps")       # where one of them differs, so does the band
 REACH = 2                           # curves are means over five iterations: one, and two on each side of it
 WIDEN, NEARBY = 1.5, 5              # how far the band reaches beyond the healthy runs: see band()
-STREAK = 6                          # a curve leaves the band when it stays outside for so many iterations; one more
-                                    # than are smoothed over, so that a single spike (of k3) is not enough
+STREAK = 6                          # a curve leaves the band when it stays outside for so many iterations:
+                                    # one more than are smoothed over, so that one spike is not enough
 
 NAMES = {"pretrain": "GPT", "sft": "SFT", "flan": "FLAN", "rm": "RM", "ppo": "PPO", "ppo_ptx": "PPO-ptx",
          "reinforce": "REINFORCE", "dpo": "DPO", "kto": "KTO", "rlaif": "RLAIF"}
