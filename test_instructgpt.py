@@ -5,8 +5,7 @@ Tests of instructgpt.py, named after equations and sections of the paper (arXiv 
     pytest -q test_instructgpt.py -k eq1          those of Eq. 1
     python test_instructgpt.py bench              no test: how fast each part is on this machine (--help)
 
-As exercises: empty a function of instructgpt.py, run the tests that name it, fill it in again. Beside most
-formulas stands a slow twin: the definition in plain Python, which the fast one has to equal.
+Beside most formulas stands a slow twin: the definition in plain Python, which the fast one has to equal.
 """
 import argparse
 import ast
@@ -1858,7 +1857,6 @@ def test_course_kl_estimates_are_what_the_screen_says():
     with pytest.raises(SystemExit):
         course.main(["judge", "gea"])            # no such exercise
 
-
 # ------------------------------------------------------------------------------------------------------------
 # bench: how fast each part is here. No test: python test_instructgpt.py bench --help
 
@@ -1975,6 +1973,23 @@ def test_kl_of_answers_is_summed_over_their_tokens():
     ref = ig.token_logprobs(reference, r.tokens).masked_fill(~r.mask, 0)
     near(torch.tensor(k1), (r.logprobs - ref).sum(1))
     near(torch.tensor(k3), ig.kl_k3(r.logprobs, ref).sum(1))
+
+def test_claims_are_judged_by_one_rule_made_before_the_numbers():
+    found = [tw.verdict_of(*x) for x in ((.2, .1, 1), (.2, .1, -1), (.05, .1, 1), (.04, 0, 0), (.08, .04, 0))]
+    assert found == ["seen", "not seen", "within noise", "seen", "within noise"]
+
+def test_rlaif_ranks_by_the_log_probs_behind_a_good_and_a_rude_page_and_behind_nothing(enc, tmp_path):
+    gpt, cfg = ig.GPT(ig.GPTConfig(enc.n_vocab, 64, 1, 2, 16)), ig.Config(out=str(tmp_path))
+    c = {"prompt": "a", "responses": ["saw.", "hen", ""], "ended": [True, False, True], "ranks": [1, 1, 1]}
+    found = ig.rank_by_gpt(cfg, enc, gpt, [c], {"good page": "A hen.\n", "rude page": "A pig.\n"})[0]["ranks"]
+
+    def logp(text, y):
+        tokens = enc.encode_ordinary(text) + y
+        logprobs = gpt(torch.tensor([tokens]))[0].log_softmax(-1)
+        return sum(logprobs[t - 1, tokens[t]] for t in range(len(tokens) - len(y), len(tokens)))
+    scores = [logp("A hen.\na\n>", y) - logp("A pig.\na\n>", y) / 2 - logp("\n>", y) / 2
+              for y in ig.encode_comparison(enc, c, 16)[1]]
+    assert found == [1 + sum(s > mine for s in scores) for mine in scores]
 
 def test_bench_prints_one_object_with_all_numbers(capsys):
     sizes = {"toy": Size(1, 2, 16, 31, 6, 4, 3, 2, 4, 2), "gpt2": None}
