@@ -1,8 +1,7 @@
 """
 Tests of instructgpt.py, named after equations and sections of the paper (arXiv 2203.02155).
 
-    pytest -q test_instructgpt.py                 all of them
-    pytest -q test_instructgpt.py -k eq1          those of Eq. 1
+    pytest -q test_instructgpt.py                 all of them; with -k eq1 those of Eq. 1
     python test_instructgpt.py bench              no test: how fast each part is on this machine (--help)
 
 Beside most formulas stands a slow twin: the definition in plain Python, which the fast one has to equal.
