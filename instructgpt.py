@@ -1364,7 +1364,7 @@ def evaluate(cfg, data, models, reward_model, comparisons):
         prompts = [p for p in data.rm_prompts if p["split"] == "valid"][:300]
         new = collect(cfg, "again", data.enc, models["PPO-ptx"], prompts, data.world.label_comparisons)
         new = judge_reward_model(cfg, data.enc, reward_model, new)
-        judged["gold_accuracy_ppo_ptx"] = new.get("gold_accuracy", 0.5)
+        judged["gold_accuracy_ppo_ptx"] = new.get("gold_accuracy")              # None: no pair differs
     sets = data.world.question_sets(data.tests, data.probes) if data.world else {"tests": data.tests}
     answers, steps = {}, Steps(cfg, "evaluate", len(models))
     for _, name in zip(steps, models):

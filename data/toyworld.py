@@ -1543,7 +1543,8 @@ def claims(results):
             ours = f"{value:.2f}"
             if isinstance(claim.than, str):
                 ours += f", {claim.than} {other:.2f}"
-            row.update(ours=ours.replace("reward_model", "labelers"), ci95=round(width, 3),
+            # bias and the reward model's shares come without an interval
+            row.update(ours=ours.replace("reward_model", "labelers"), ci95=round(width, 3) or None,
                        verdict=verdict_of(value - other, width, claim.sign))
         rows.append(row)
     return rows
