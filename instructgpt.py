@@ -2,20 +2,20 @@
 InstructGPT in one file: Ouyang et al. 2022, "Training language models to follow instructions with human
 feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world that shows its findings.
 
-    python instructgpt.py                                     everything: trains, evaluates, writes out/
+    python instructgpt.py                                     the paper's path: trains, evaluates, writes out/
     python instructgpt.py --smoke                             the same in miniature, into out_smoke/
     python instructgpt.py sft                                 one stage, and what it needs
     python instructgpt.py --from out --out out_b --beta 0.1   another beta on the pretrain, sft, rm of out/
-    python instructgpt.py dpo kto evaluate                    neighbours too, in the same table
+    python instructgpt.py dpo kto evaluate                    these neighbours too, in the same table
     python instructgpt.py label                               you rank answers of the SFT model
     python instructgpt.py chat --models GPT SFT PPO-ptx       they answer your questions side by side
-    python instructgpt.py --device cuda --out out_gpu         on a GPU (taken by itself where there is one)
+    python instructgpt.py --device cuda --out out_gpu         on a GPU (the default where there is one)
 
 Stop it whenever you like: the same command goes on where it was. A folder remembers its settings.
 
 Read it beside the paper, top to bottom; you can stop after each section:
 
-    Settings              every hyperparameter: the toy's value, and the paper's or GPT-3's       App. C
+    Settings              the hyperparameters: the toy's value, and the paper's or GPT-3's        App. C
     Tokens and rows       encoding, the corpus, rows of prompt + response, the action frame       3.2
     GPT                   the decoder, with a language head or a scalar head                      3.5
     Rollout               the batched sampler that keeps the log-probs                            C.4
@@ -115,9 +115,9 @@ class Config:
     # step 1: supervised fine-tuning
     sft_epochs: int = setting(3, "passes over the demonstrations", "16; for the start of RL 2")
     sft_batch: int = setting(32, "demonstrations per step", "32; 175B: 8", low=1)
-    sft_lr: float = setting(1e-3, "peak learning rate, cosine to a tenth", "9.65e-6; 175B: 5.03e-6")
+    sft_lr: float = setting(1e-3, "peak learning rate, cosine to a tenth", "9.65e-6, baseline; 175B: 5.03e-6")
     sft_dropout: float = setting(0.0, "residual dropout", "0.2 for the baseline", high=0.9)
-    sft_mix: float = setting(0.1, "share of pretraining rows, and their weight", "10 %; no weight", high=0.9)
+    sft_mix: float = setting(0.1, "pretraining rows: share and weight", "10 %; weight not stated", high=0.9)
     max_new_tokens: int = setting(16, "longest response, end-of-text included", "1k", low=1)
     # step 2: comparisons and the reward model
     rm_prompts: int = setting(7000, "prompts to collect comparisons for", "33,207", low=1)
@@ -175,7 +175,8 @@ def decode_response(enc, ids):
 
 def corpus_batch(corpus, n, length, generator, device):
     """n random rows of `length` tokens -> (n,length) int64. The corpus is one array of all tokens and the
-    places where rows may start: where a document does, since a prompt starts there too."""
+    places where rows may start: where a document does, since a prompt starts there too, and at every `length`
+    tokens inside a long one (see load_corpus)."""
     tokens, starts = corpus                                                     # (N,), (starts,)
     chosen = torch.randint(len(starts), (n,), generator=generator).numpy()      # (n,)
     rows = tokens[starts[chosen][:, None] + np.arange(length)]                  # (n,length)
@@ -373,8 +374,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, keep=None):
         """tokens (B,T) -> logits (B,T,vocab) or, with the scalar head, (B,T). With keep (B,T) bool only its N
-        entries, (N,vocab) or (N,). What nobody reads needs no last MLP and no head; the loss of a response
-        reads a third of the positions, so that saves a quarter of a policy step."""
+        entries, (N,vocab) or (N,). Positions that nobody reads skip the last MLP and the head. A response is
+        about a third of its row, so this saves a quarter of a policy step."""
         return self.project(self.hidden(tokens, keep=keep))
 
 def copy_of(model, head=None, dropout=0.0):
@@ -424,7 +425,7 @@ def pick(logits, uniforms, temperature):
     cumulative = logprobs.exp().cumsum(-1)                                      # (B,V)
     goal = uniforms * cumulative[:, -1]                                         # (B,) the sum may miss 1
     token = torch.searchsorted(cumulative, goal[:, None], right=True)           # (B,1)
-    token = token.clamp(max=logits.size(-1) - 1)                                # NaN: no place is found
+    token = token.clamp(max=logits.size(-1) - 1)                                # at NaN it returns V
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 class Sampler:
@@ -433,7 +434,7 @@ class Sampler:
 
         logits = policy(tokens)[newest]
         token, logprob = pick(logits)
-        tokens[newest + 1] = token;  logprobs[newest] = logprob;  mask[newest] = alive
+        tokens[newest + 1], logprobs[newest] = (token, logprob) if alive else (0, 0);  mask[newest] = alive
         alive = alive and token != eos;  newest += 1
 
     The class does it for all rows at once, in a form that a CUDA graph can record: such a graph reads and
@@ -541,8 +542,8 @@ def masked_mean(x, mask):
 
 def whiten(x, mask):
     """(x - mean) / std over the mask, population variance; 0 outside. A single element gives 0, not NaN.
-    Why: the step's size no longer depends on the reward's scale, and about half of the tokens are pushed up
-    and half down (Ziegler et al. 2019)."""
+    Why: the balance with the pretraining loss, and the clipping of gradients, no longer depend on the
+    reward's scale, and about half of the tokens are pushed up, half down. Ziegler et al. 2019 do it too."""
     x = zero_outside(mask, x)
     centred = x - masked_mean(x, mask)
     return zero_outside(mask, centred * torch.rsqrt(masked_mean(centred ** 2, mask) + 1e-8))
@@ -555,7 +556,7 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
     The temperature is the sampler's: what is scored must be what was sampled from. The rest is speed: with a
     mask (B,T-1) only its N entries are computed, and 0 stands elsewhere."""
     if mask is None:
-        targets = F.pad(tokens[:, 1:], (0, 1))             # (B,T), the last made up: cutting logits copies
+        targets = F.pad(tokens[:, 1:], (0, 1))             # (B,T), the last made up: slicing logits copies
         logprobs = log_softmax(model(tokens), temperature).gather(2, targets[..., None])       # (B,T,1)
         return logprobs[:, :-1, 0]
     logits = model(tokens, keep=F.pad(mask, (0, 1)))                            # (N,V)
@@ -626,9 +627,9 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
         delta_t = R_t + discount * V_{t+1} - V_t
         A_t = delta_t + discount * lam * A_{t+1},   return_t = A_t + V_t
 
-    V_t is what the value net expects the rewards from t on to add up to. A_t is how much better token t did
-    than expected. lam = 1: A_t is the rewards that came minus V_t, right but noisy. lam = 0: A_t is delta_t,
-    calm but as wrong as V.
+    In column t, V_t is what the value net expects the rewards from there on to add up to. A_t is how much
+    better the token chosen there, token t+1, did than expected. lam = 1: A_t is the rewards that came minus
+    V_t, right but noisy. lam = 0: A_t is delta_t, calm but as wrong as V.
     rewards, values (B,T-1) -> (advantages, returns), (B,T-1) each, 0 in the columns of prompt and filler.
     After the last response token V and A are 0, because the episode is over, finished or not. The paper does
     not discount (C.4)."""
@@ -723,7 +724,8 @@ def clip_and_step(model, optimizer, lr):
 class Steps:
     """range(n) of a stage, which remembers. Every save_every seconds (but never sooner than 20 times what the
     last save took) the named objects, models and optimizers, go into OUT/STAGE.part; if that file is there at
-    the start, they get their state back and the count goes on. A stop at any moment costs those seconds.
+    the start, they get their state back and the count goes on. A stop costs those seconds; a stage that names
+    no objects (collect, judged, evaluate) begins again.
     (save and load, which write and read a file safely, stand in the section Files.)"""
 
     def __init__(self, cfg, stage, n, **objects):
@@ -806,7 +808,7 @@ def sft(cfg, stage, gpt, demos, corpus):
         web_loss = 0
         if mixed:
             web_loss = lm_loss(model, corpus_batch(corpus, mixed, cfg.block_size, generator, device))
-        # Both losses are means: without the weight 4 web rows would count as much as 32 demonstrations.
+        # Both losses are means: unweighted, the 4 web rows would count as much as the 32 demonstrations.
         (loss + cfg.sft_mix * web_loss).backward()
         clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, len(plan)))
         steps.log(loss=loss.item())
@@ -816,6 +818,10 @@ def sft(cfg, stage, gpt, demos, corpus):
 # ------------------------------------------------------------------------------------------------------------
 # Step 2, the reward model (3.5, C.2). The SFT model answers each prompt K times, a labeler ranks the answers,
 # and a model with a scalar head learns Eq. 1.
+#
+# A simulated labeler of the toy world rates each answer from 1 to 7: did it follow the request, is it true,
+# polite, within the constraint, finished? The ranks are those of the ratings. Labelers have weights and a
+# taste for length of their own, and lapses, in which they say anything. "Gold" is the rating without these.
 
 @dataclass
 class Answer:
@@ -826,8 +832,8 @@ class Answer:
 
 def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False, lengths=None):
     """One Answer to each prompt (ids), in the same order. For the evaluation: temperature 0 is greedy;
-    one_line cuts at the first newline, our way to end GPT's answers, which run on; lengths group the rows in
-    place of the prompts' own."""
+    one_line cuts at the first newline, our way to end GPT's answers, which run on; lengths, in place of the
+    prompts' own, decide the parts, and so which random numbers a row gets."""
     answers = [None] * len(prompts)
     lengths = [n + max_new_tokens for n in lengths or map(len, prompts)]
     for part in parts_by_length(lengths, 16384):
@@ -843,8 +849,8 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
 
 def collect(cfg, stage, enc, policy, records, label):
     """Comparisons: K responses to each prompt, ranked. records: dicts with the text "prompt" and its "split".
-    `label` is who ranks: it gets a list of comparisons and gives each its "ranks" (the labelers of
-    data/toyworld.py do, and add a second opinion on validation prompts, to measure how well people agree)."""
+    `label` is the function that ranks: it gets a list of comparisons and gives each its "ranks" (the labelers
+    of data/toyworld.py do, and add a second opinion on validation prompts, to see how well people agree)."""
     size, comparisons = 512, []
     steps = Steps(cfg, stage, math.ceil(len(records) / size))
     for step in steps:
@@ -944,8 +950,9 @@ def normalise_reward(reward_model, demos):
 # discount. Without the mix this is PPO; with it the pretraining gradient joins every optimizer step: PPO-ptx.
 #
 # Why the KL term: the reward model knows only texts like those it was trained on. Far from them the policy
-# finds texts that it overrates. Near pi_SFT the score can be trusted. Why the mix: RL also costs skills that
-# pretraining gave, the "alignment tax" (4.2). The mix gives them back; a larger beta does not (Fig. 34).
+# finds texts that the reward model overrates. Near pi_SFT the score can be trusted. Why the mix: RL also
+# costs skills that pretraining gave, the "alignment tax" (4.2). The mix gives most of them back; a larger
+# beta does not (Fig. 34).
 #
 # Four networks: policy pi and value net V are trained; reference pi_SFT and reward model r are frozen.
 
@@ -1017,12 +1024,13 @@ def update(cfg, policy, value_net, adams, e, picked, web, lr_factor):
             "vloss": v_loss.item(), "change": change.abs().max().item()}
 
 def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, estimate=gae):
-    """RL from the SFT model against the reward model. records: list of {"ids", "task"}; corpus: text for the
-    mix, or None for plain PPO; world: the checker, which knows gold, for the log alone. Returns the EMA of
-    the policy: its answers vary less from step to step than those of the last weights."""
+    """RL from the SFT model against the reward model. records: list of {"ids", "task"}; corpus: tokens and
+    starts for the mix, or None for plain PPO; world: the checker, which knows gold, for the log alone.
+    Returns the EMA of the policy: its answers vary less from step to step than those of the last weights."""
     device = sft_model.wte.weight.device
     reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
-    # V starts as the reward model (3.5): that scores whole texts, V learns to say the same of beginnings.
+    # V starts as the reward model (3.5), which scores whole texts. V learns to predict, from a beginning,
+    # that score less the KL penalties still to come.
     value_net = copy_of(freeze(reward_model))
     adams = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
     sampler = Sampler(policy, cfg.episodes, cfg.block_size, cfg.max_new_tokens, enc.eot_token,
@@ -1061,7 +1069,7 @@ def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, e
 
 def summary(e, numbers):
     """
-    score     of the reward model, demonstrations are at 0; finished: of the responses that ended
+    score     demonstrations are at 0, unfinished responses at their fixed score; finished: without those
     gold      true quality, 1 to 7: must rise with score
     k1, k3    KL to the SFT model, nats per response: k1 is charged and may be negative, k3 never is
     ended     share of responses; length: their tokens; entropy: nats per token, 0 is one answer left
@@ -1084,7 +1092,15 @@ def summary(e, numbers):
     return {name: float(x) for name, x in line.items()}
 
 def ledger(cfg, enc, e):
-    """The first episode as text, in the action frame, a line per response token."""
+    """The first episode as text, in the action frame, a line per response token. At the start of seed 3, when
+    pi still is pi_ref, so that no KL is charged, and V has learned nothing yet:
+
+                         log pi    log ref  KL reward     reward      value  advantage     return
+              ' The'     -0.418     -0.418      0.000      0.000     -2.760      2.378     -0.382
+            ' sheep'     -0.116     -0.116      0.000      0.000     -2.440      2.166     -0.274
+                 ...
+      '<|endoftext|>'    -0.002     -0.002     -0.000      0.351     -1.645      1.996      0.351
+    """
     columns = {"log pi": e.logprobs, "log ref": e.ref_logprobs,
                "KL reward": -cfg.beta * kl_k1(e.logprobs, e.ref_logprobs), "reward": e.rewards,
                "value": e.values, "advantage": e.raw_advantages, "return": e.returns}
@@ -1176,7 +1192,7 @@ def another_prompt(data, i):
 
 def train_kto(cfg, enc, sft_model, comparisons):
     """The SFT model after one pass over the single answers of the comparisons: an answer is desirable if it
-    wins more pairs than it loses. Same beta and learning rate as PPO."""
+    wins more pairs than it loses, else undesirable. Same beta and learning rate as PPO."""
     policy, reference = copy_of(sft_model), freeze(sft_model)
     optimizer, data = adamw(policy, cfg.policy_lr), encode_comparisons(enc, comparisons, cfg.max_new_tokens)
     plan = batches([len(prompt) for prompt, _, _ in data], cfg.rm_batch, 1, seed(cfg, "kto", "plan"))
@@ -1200,12 +1216,14 @@ def train_kto(cfg, enc, sft_model, comparisons):
 
 @torch.no_grad()
 def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
-    """RLAIF (Bai et al. 2022, Lee et al. 2023): the same answers, ranked by GPT, which nobody taught what is
-    good. But it has read good and rude pages, so it knows which answer belongs on which:
+    """RLAIF (Bai et al. 2022, Lee et al. 2023): the same answers, ranked by a model. They ask a large one
+    which of two answers is better. GPT cannot be asked: nobody taught it what is good. But it has read good
+    and rude pages (probes hold one of each), so it knows which answer belongs on which. This score is ours:
 
         score = log p(y | good page, x) - 1/2 log p(y | rude page, x) - 1/2 log p(y)
 
-    The last term takes away what is likely anyway. What does not fit is cut at the front."""
+    The weights add up to 0, so an answer gains nothing by being short or likely everywhere. A prompt that
+    does not fit is cut at the front."""
     room, size, ranked = cfg.block_size - cfg.max_new_tokens, 256, []
     steps = Steps(cfg, "judged", math.ceil(len(comparisons) / size))
     for step in steps:
@@ -1223,12 +1241,12 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation (section 4). Every model answers the same prompts with the same random numbers. Shares are 0..1.
-# What labelers and checker say is made in report() of data/toyworld.py. Here stands what needs the model.
+# What labelers and checker say comes from report() of data/toyworld.py. Here stands what needs the model.
 
 # name in the results -> stage
 MODELS = {"GPT": "pretrain", "FLAN": "flan", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx",
           "REINFORCE": "reinforce", "DPO": "dpo", "KTO": "kto", "RLAIF": "rlaif"}
-BASE_MODELS = ("GPT", "GPT (prompted)", "rival GPT")       # their answers run on, and are cut at a newline
+BASE_MODELS = ("GPT", "GPT (prompted)", "rival GPT")       # cut at a newline; the rival is --rival's GPT
 
 def means_by(keys, values):
     """{key: mean of its values}, sorted."""
@@ -1262,7 +1280,7 @@ def judge_reward_model(cfg, enc, reward_model, comparisons):
             "gold_accuracy_by_use_case": means_by(use_cases, gold)}
 
 def scores_of(cfg, reward_model, prompts, answers):
-    """The reward of each Answer: the model's score, or the fixed one where it did not end."""
+    """The score of each Answer, or the fixed one where it did not end. The results call it "reward"."""
     scores = score_all(reward_model, prompts, [answer.ids for answer in answers])
     return [score if answer.ended else cfg.unfinished_score for score, answer in zip(scores, answers)]
 
@@ -1284,7 +1302,7 @@ def kl_of(reference, prompts, answers):
 @torch.no_grad()
 def exact_kl(policy, reference, tokens, mask):
     """KL(pi || pi_ref), (B,T) -> (B,) nats: over the vocabulary in the state before each response token,
-    summed. For greedy answers: their tokens are no samples of pi, so k1 and k3 would say nothing."""
+    summed. For chat's greedy answers: their tokens are no samples of pi, so k1 and k3 would say nothing."""
     p, q = [log_softmax(model(tokens)[:, :-1], 1.0) for model in (policy, reference)]      # (B,T-1,V) each
     return zero_outside(mask, (p.exp() * (p - q)).sum(-1)).sum(1)
 
@@ -1301,7 +1319,7 @@ def bias_bits(model, enc, request, items):
     return mean(bits)
 
 def few_shot(model, enc, items):
-    """Share of exact continuations at temperature 0 on a task of the corpus: the alignment tax (4.2)."""
+    """Share of exact continuations at temperature 0 on a task of the corpus: the paper's own tax (4.2)."""
     wanted = [enc.encode_ordinary(p["answer"]) for p in items]
     longest = max(map(len, wanted)) + 1
     prompts = [enc.encode_ordinary(p["prompt"])[longest - model.config.block_size:] for p in items]
@@ -1323,7 +1341,7 @@ def question(cfg, data, name, model, sets):
     generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # for all models the same luck
     for which, items in sets.items():
         prompts = [encode_prompt(enc, p["prompt"])[-room:] for p in items]
-        lengths = [len(prompt) for prompt in prompts]      # so all models are cut into the same parts
+        lengths = [len(prompt) for prompt in prompts]      # for all models: the same parts, the same luck
         if name == "GPT (prompted)":
             longer = [encode_prompt(enc, data.probes["prefix"] + p["prompt"]) for p in items]
             prompts = [long if len(long) <= room else short for long, short in zip(longer, prompts)]
@@ -1342,7 +1360,7 @@ def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, oppon
     lists = {"reward": scores_of(cfg, reward_model, prompts, mine), "kl": k3, "kl_k1": k1,
              "length": [len(answer.ids) for answer in mine], "ended": [answer.ended for answer in mine]}
     other = {"parameters": sum(p.numel() for p in model.parameters())}
-    if data.corpus_valid:                                  # the alignment tax: the rise over GPT
+    if data.corpus_valid:                                  # our tax: the rise of this loss over GPT's
         losses = [corpus_losses(m, data.corpus_valid, cfg.block_size) for m in (model, gpt)]
         lists.update(pretrain_loss=losses[0], tax=[mine - its for mine, its in zip(*losses)])
     if data.world:
@@ -1376,7 +1394,8 @@ def evaluate(cfg, data, models, reward_model, comparisons):
     results = {name: measure(cfg, data, models[name], *others, answers[name], opponents) for name in models}
     return {"reward_model": judged, "models": results}, answers
 
-# columns of the table: name in results.json -> its heading
+# Columns of the table: name in results.json -> its heading. Held-out: by labelers who gave no training data;
+# no noise: by gold; true: truthful and informative; KL: k1, which Eq. 2 charges.
 COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
            "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true", "rude": "rude",
            "hallucinates": "invents", "tax": "tax", "reward": "reward", "kl_k1": "KL", "ended": "ended"}
@@ -1405,15 +1424,16 @@ def samples(data, answers):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files. What can go wrong with a file becomes one line: where, what it must be, what was met.
+# Files. What can go wrong with a file becomes one line: where, what it must be, what was met. None of this is
+# the paper's: skip it at first reading. Its core is the table READS.
 
 class UserError(Exception):
     """A mistake of the user's: printed as one line, exit code 2."""
 
 @contextmanager
 def reading(path, must):
-    """Around the decoding of a file: whatever comes up, but for a lack of memory, becomes a UserError that
-    says where (set .line), what the file must be, and what was met."""
+    """Around the reading of a file, or the opening of one to write: whatever comes up, but for a lack of
+    memory, becomes a UserError that says where (set .line), what the file must be, and what was met."""
     at = argparse.Namespace(line=None)                     # from 1 on; None: not one line
     try:
         yield at
@@ -1613,7 +1633,7 @@ def module_at(path):
 
 class Data:
     """The folder of --data, read and checked before the first stage, so that a mistake is told at once. What
-    is not there, and no wanted stage needs, is empty or None."""
+    is not there, and no wanted stage needs (READS, below), is empty or None."""
 
     def __init__(self, cfg, wanted=()):
         self.cfg, self.folder, self.files = cfg, cfg.data or HERE, {}           # files: name -> fingerprint
@@ -1653,7 +1673,7 @@ class Data:
             raise UserError(f"{self.path('pretrain.txt')}: must be there, but for --sft_mix 0 and ppo")
 
     def path(self, name):
-        """Of a file of the folder, or the one that --comparisons names."""
+        """The path of a file of the folder; that of comparisons.jsonl may come from --comparisons."""
         return name == "comparisons.jsonl" and self.cfg.comparisons or os.path.join(self.folder, name)
 
     def remember(self, name, content):
@@ -1686,7 +1706,7 @@ class Data:
 
     def split(self, comparisons):
         """Your comparisons get their split: their own or, where none has one, every fourth prompt is held
-        out. In the toy world all are to learn from, since its labelers' validate."""
+        out. In the toy world all of yours are to learn from: the simulated labelers' validate."""
         prompts = list(dict.fromkeys(c["prompt"] for c in comparisons))
         held_out = set() if self.world or any(c["split"] for c in comparisons) else set(prompts[3::4])
         for c in comparisons:
@@ -1774,8 +1794,8 @@ def accept(cfg, files, source):
 
 def read_safetensors(path):
     """Name -> tensor. Such a file holds the length of its header (8 bytes, little-endian), the header, {name:
-    {"dtype", "shape", "data_offsets": [from, to]}} as JSON, and the bytes that the offsets count. What is no
-    number with a fraction, as masks, is left out."""
+    {"dtype", "shape", "data_offsets": [from, to]}} as JSON, and the bytes that the offsets count. Tensors of
+    other types, such as masks, are left out."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     data, tensors = np.memmap(path, mode="r"), {}
     start = 8 + int.from_bytes(data[:8], "little")
@@ -1824,7 +1844,7 @@ def check_size(name, model, cfg, enc):
                         f"for --block_size {cfg.block_size}; met {words} and {room}")
 
 def start_from_gpt2(cfg, enc, corpus, device):
-    """In pretraining's place: the model of --init, which has read another corpus."""
+    """In pretrain's place, with its arguments: the model of --init, which has read another corpus."""
     return freeze(GPT.from_gpt2(cfg.init, cfg.n_head).to(device))
 
 
@@ -1869,7 +1889,7 @@ def label(cfg, data, device):
     check_size(cfg.out, policy, cfg, enc)
     if not data.rm_prompts:
         raise UserError(f"{data.path('rm_train.jsonl')}: must be there, with prompts")
-    if os.path.exists(path):                               # what was typed once is never written anew
+    if os.path.exists(path):                               # its lines are kept as they are
         before = read_text(path).rstrip("\n") + "\n"
         done = read_rows(cfg, enc, path, before, "comparison")
     ranked, tasks = {c["prompt"] for c in done}, {p["prompt"]: p.get("task") for p in data.rm_prompts}

@@ -256,7 +256,6 @@ def numbers_of(out):
     return results
 
 def assert_same_checkpoints(a, b, stages):
-    """But for the seconds."""
     for stage in stages:
         one, other = [ig.load(os.path.join(out, stage + ".pt")) for out in (a, b)]
         close(one.pop("weights", {}), other.pop("weights", {}), atol=0, rtol=0)
@@ -910,14 +909,11 @@ def test_dpo_loss_is_log_2_at_the_reference_and_eq1_of_the_implicit_reward():
     close(loss, ig.reward_loss(torch.stack([reward_w, reward_l], 1), torch.tensor([[1, 2]] * 6)))
     assert ig.dpo_loss(*torch.tensor([[-900.], [0.], [0.], [0.]]), 1.0).item() == pytest.approx(900)
 
-def sigma(z):
-    return 1 / (1 + math.exp(-z))
-
 def slow_kto_loss(ratios, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
     terms = []
     for ratio, good in zip(ratios, desirable):
-        value = sigma(beta * (ratio - kl0)) if good else sigma(beta * (kl0 - ratio))
-        terms.append(lambda_d * (1 - value) if good else lambda_u * (1 - value))
+        z = beta * (ratio - kl0) if good else beta * (kl0 - ratio)
+        terms.append((lambda_d if good else lambda_u) * (1 - 1 / (1 + math.exp(-z))))
     return sum(terms) / len(terms)
 
 def test_kto_loss_is_its_definition_and_one_half_at_the_reference():
@@ -961,7 +957,7 @@ def test_dpo_trains_on_all_pairs_of_a_prompt_and_on_no_others(enc, tmp_path, mon
         for j, l, _ in KEPT:
             c = COMPARED[i]
             if i == j and c["ranks"][w] < c["ranks"][l]:
-                losses.append(-math.log(sigma(0.2 * (ratio(c, w) - ratio(c, l)))))
+                losses.append(math.log1p(math.exp(-0.2 * (ratio(c, w) - ratio(c, l)))))
     assert len(losses) == 7 and got == pytest.approx(sum(losses) / 7, rel=1e-4)
 
 def test_kto_calls_desirable_what_wins_more_than_it_loses_and_mismatches_for_kl0(enc, tmp_path, monkeypatch):
@@ -1180,7 +1176,7 @@ SPLIT = '{"prompt": "a", "chosen": "b", "rejected": "c", "split": %s}'
 BAD = {
     ("sft_train.jsonl", 9): [
         ('{"prompt": "a", "completion": "b"', "JSON"), ('{"prompt": "a"}', "1 responses"), ("7", "int"),
-        ("[" * 5000, "Recursion"), (DEMO % '"\\ud83d"', "surrogates"), (DEMO % '"b\\u0000"', "u0000"),
+        ("[" * 100_000, "Recursion"), (DEMO % '"\\ud83d"', "surrogates"), (DEMO % '"b\\u0000"', "u0000"),
         (DEMO % "7", "int"), ('{"instruction": "a", "completion": "b"}', "prompt"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "1 responses"), ('{"messages": "a"}', "prompt"),
         (b'{"prompt": "\xff", "completion": "b"}', "utf-8"), (b'{"prompt": "a\0", "completion": "b"}', "NUL"),
@@ -1320,7 +1316,8 @@ def test_foreign_cut_and_flipped_checkpoints_are_one_line_and_never_executed(the
     foreign = [b"", b"text", pickle.dumps(Evil()), packed(Evil()), packed({"a": Evil()}), packed([1, 2]),
                packed({**whole, "mark": 7}), packed({**whole, "config": {"n_layer": 1}}),
                packed({**whole, "weights": {}}), good[:1], good[:5000], good[:-1]]
-    for at in range(3000, len(good) - 3000, len(good) // 5):
+    for record in [x for x in ig.ZipFile(path).infolist() if x.file_size > 9000]:
+        at = record.header_offset + 200 + record.file_size // 2        # one bit of each large tensor
         foreign.append(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
     for data in foreign:
         path.write_bytes(data)
@@ -1348,7 +1345,6 @@ def test_full_disk_is_one_line_and_what_was_there_is_whole(name, there):
     assert all(path.read_bytes() == data for path, data in before.items() if path.name != "settings.json")
 
 def test_what_is_not_trained_is_cut_by_tokens(there, monkeypatch):     # case 13
-    """Scoring holds no more tokens at once than told, whatever the number of prompts."""
     data, hidden, seen = read_data(there / "mine")[0], ig.GPT.hidden, []
     cfg = replace(SMALL, out=str(there / "out"))
     models = {name: ig.finished(cfg, stage, CPU) for name, stage in (("GPT", "pretrain"), ("SFT", "sft"))}
@@ -1569,6 +1565,17 @@ def test_reward_model_is_judged_by_pairs(comparison, scores, wanted, enc, monkey
     c = {"prompt": "Hi", "use_case": "chat", "responses": ["cow", "dog", "cat"], "ended": [True] * 3}
     assert ig.judge_reward_model(ig.Config(max_new_tokens=2), enc, None, [{**c, **comparison}]) == wanted
 
+def test_few_shot_counts_exact_beginnings_and_bias_is_the_entropy_of_a_choice(enc, monkeypatch):
+    model, choices = small_policy(enc), [" his", " her"]
+    ids = [enc.encode_ordinary(choice)[0] for choice in choices]
+    q = model(torch.tensor([enc.encode_ordinary("a hen lost")]))[0, -1, ids].softmax(-1)       # (2,)
+    bits = ig.bias_bits(model, enc, "a ", [{"prompt": "hen lost", "choices": choices}])
+    assert bits == pytest.approx(-(q * q.log2()).sum().item(), abs=1e-5)
+    answer = ig.Answer(enc.encode_ordinary(" hen cow pig"), "", False, [])
+    monkeypatch.setattr(ig, "respond", lambda *_, temperature: [answer] * 2)
+    items = [{"prompt": "a", "answer": text} for text in (" hen cow", " cow")]
+    assert ig.few_shot(model, enc, items) == 0.5
+
 def test_control_characters_are_shown_escaped():                       # case 26
     for text, shown in (("a\x1b[2Jb\x07", r"a\x1b[2Jb\x07"), ("a\nb\r", r"a / b\r"),
                         ("a\u2028\x9b", r"a\u2028\x9b"), ("é \N{CAT}", "é \N{CAT}"), ("", "(nothing)")):
@@ -1702,6 +1709,17 @@ def test_picture_of_a_run_and_of_own_data(toy, home):
     assert "Reward against KL" in svg and "gold" not in svg and "Preferred" not in svg
     ElementTree.fromstring(picture.picture({"models": {}}, []))
 
+def test_each_healthy_run_lies_inside_the_band_of_the_others():
+    reference = picture.read_json(picture.REFERENCE, "settings", "stages")
+    assert len(reference["seeds"]) > 6 and os.path.getsize(picture.REFERENCE) < 60_000
+    for place, seed in enumerate(reference["seeds"]):
+        others, curves = picture.without(reference, place)
+        for (stage, column), values in curves.items():
+            bounds = picture.band(others, stage, column)
+            assert picture.first_outside(values, bounds) is None, (seed, stage, column)
+            above = {step: bounds[step][2] + 1 for step in values}     # this one would leave it at once
+            assert picture.first_outside(above, bounds) == min(above)
+
 # ------------------------------------------------------------------------------------------------------------
 # The source
 
@@ -1765,19 +1783,10 @@ def test_golf_is_found_and_the_script_holds_none():
 
 course = ig.module_at(os.path.join(DATA, "course.py"))
 
-def test_course_every_bad_version_is_red_and_each_wrong_one_is_called_by_its_name():
-    """Emptied, None, zeros, about three wrong versions of each exercise: the tests fail on all of them."""
+def test_course_every_bad_version_is_red_and_answers_as_no_other():
     command = [sys.executable, os.path.join(DATA, "course.py"), "check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith(" 0 complaints\n"), done.stdout + done.stderr
-
-def test_course_has_twenty_exercises_and_names_its_sources():
-    exercises = list(course.EXERCISES.values())
-    assert len(exercises) >= 20 and exercises[0].key == "stack" and exercises[-1].key == "train_dpo"
-    for x in exercises:
-        assert 2 <= len(x.wrong) <= 4 and x.minutes.isdigit() and x.place and x.whose
-        assert x.key in x.words and len({wrong.title for wrong in x.wrong}) == len(x.wrong)
-        assert all(wrong.source and wrong.edits for wrong in x.wrong)
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
@@ -1786,58 +1795,48 @@ def student(tmp_path_factory):
     assert course.main(["student", "all", "--out", folder]) == 0
     return folder
 
-def test_course_student_keeps_signatures_and_docstrings_and_runs_to_the_first_hole(student, tmp_path):
-    source = course.read(os.path.join(student, "instructgpt.py"))
-    truth = course.true_source()
+def in_folder(folder, *words):
+    """What Python says there, with these words -> its code and all it printed."""
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+def test_course_student_keeps_signatures_and_docstrings_and_runs_to_the_first_hole(student):
+    source, truth = course.read(os.path.join(student, "instructgpt.py")), course.true_source()
+    assert len(course.EXERCISES) >= 20
     for x in course.EXERCISES.values():
         mine, true = course.node_of(source, x.name), course.node_of(truth, x.name)
-        assert ast.dump(mine.args) == ast.dump(true.args)
+        assert ast.dump(mine.args) == ast.dump(true.args) and 2 <= len(x.wrong) <= 4
         assert ast.get_docstring(mine) == ast.get_docstring(true)
         assert len(mine.body) == 2 and isinstance(mine.body[1], ast.Raise)
     assert set(course.filled(source, "gae").split("\n")) - set(truth.split("\n")) == {
         '    raise NotImplementedError("exercise gae: python data/course.py judge gae")'}
-    script = course.module_of(source, student)
-    with pytest.raises(NotImplementedError, match="exercise .*: python data/course.py judge "):
-        script.main(["--smoke", "--out", str(tmp_path / "out"), "ppo"])
+    code, said = in_folder(student, "instructgpt.py", "--smoke", "ppo")
+    assert code == 1 and re.search("NotImplementedError: exercise .*: python data/course.py judge ", said)
     told = course.read(os.path.join(student, "EXERCISES.md"))
     assert course.overview(course.EXERCISES) in told and "course_solution.bin" in told
+    assert course.overview(course.EXERCISES) in read(HERE, "README.md")
     with pytest.raises(SystemExit, match="is there already"):
         course.main(["student", "gae", "--out", student])
 
-def test_course_judge_names_a_wrong_version_and_is_green_for_the_true_one(student, capsys, monkeypatch):
-    exercise, truth, data = course.EXERCISES["gae"], course.true_source(), os.path.join(student, "data")
-    monkeypatch.setattr(course, "ROOT", student)
-    monkeypatch.setattr(course, "HERE", data)
-    monkeypatch.setattr(course, "SOLUTION", os.path.join(data, "course_solution.bin"))
-    assert course.true_source() == truth
-    path, wrong = os.path.join(student, "instructgpt.py"), exercise.wrong[0]
-    source = course.read(path)
-    for text, code, told in ((course.text_of(source, "gae"), 1, "red    gae is still empty\n"),
-                             (course.wrong_text(truth, exercise, wrong), 1, wrong.title),
-                             (course.text_of(truth, "gae"), 0, "green  gae: its tests pass\n"),
-                             ("def gae(:", 1, "red    instructgpt.py, line ")):
-        course.write(path, course.with_texts(source, {"gae": text}))
-        assert course.main(["judge", "gae"]) == code
-        printed = capsys.readouterr().out
-        assert told in printed and ("yours equals" in printed) == (told == wrong.title)
-    course.write(path, source)
-
-def test_course_names_a_mistake_beside_a_nan_that_comes_through():
+def test_course_judge_names_wrong_versions_and_a_nan_and_is_green_for_the_true_one(student):
     exercise, truth = course.EXERCISES["policy_loss"], course.true_source()
-    right, wrong = course.text_of(truth, "policy_loss"), course.wrong_text(truth, exercise, exercise.wrong[1])
+    path, wrong = os.path.join(student, "instructgpt.py"), exercise.wrong[1]
+    source, right = course.read(path), course.text_of(truth, "policy_loss")
     safe = "zero_outside(mask, logprobs), zero_outside(mask, old_logprobs)"
-    careless = [text.replace(safe, "logprobs, old_logprobs") for text in (right, wrong)]
-    known, told = course.references(ig, exercise, truth), []
-    for version in (right, *careless):
-        with course.swapped(ig, exercise, version):
-            told.append(" ".join(course.opinions(course.answers(ig, exercise), known)))
-    assert told[0] == "" and "a NaN" in told[1] and "equals" not in told[1]
-    assert "a NaN" in told[2] and exercise.wrong[1].title in told[2]
+    careless = course.wrong_text(truth, exercise, wrong).replace(safe, "logprobs, old_logprobs")
+    for text, code, *told in ((course.text_of(source, "policy_loss"), 1, "red    policy_loss is still empty"),
+                              (careless, 1, "tests fail", "a NaN behind", "yours equals", wrong.title),
+                              (right, 0, "green  policy_loss: its tests pass\n"),
+                              ("def policy_loss(:", 1, "red    instructgpt.py, line ")):
+        course.write(path, course.with_texts(source, {"policy_loss": text}))
+        verdict = in_folder(student, "data/course.py", "judge", "policy_loss")
+        assert verdict[0] == code and all(words in verdict[1] for words in told), verdict
+    course.write(path, source)
 
 def test_course_mistakes_to_be_found_are_in_the_file_alone_and_are_revealed(tmp_path, capsys):
     truth = course.true_source()
     for n in range(1, 6):
-        exercise, wrong, sign = course.mistake(n)
+        exercise, wrong, sign = course.planted(n)
         assert course.main(["student", "--break", str(n), "--out", str(tmp_path / str(n))]) == 0
         assert sorted(os.listdir(tmp_path / str(n))) == ["MISTAKE.md", "data", "instructgpt.py"]
         source = course.read(tmp_path / str(n) / "instructgpt.py")
@@ -1849,7 +1848,7 @@ def test_course_mistakes_to_be_found_are_in_the_file_alone_and_are_revealed(tmp_
 
 def test_course_kl_estimates_are_what_the_screen_says():
     for length in (1, 2):
-        rows = {name: numbers for name, *numbers in course.kl_rows(ig, length, 2.0, seed=3)}
+        rows = {name: numbers for name, *numbers in course.kl_rows(torch, length, 2.0, seed=3)}
         assert rows["k1 in the reward"][:2] == pytest.approx([1, 0], abs=1e-6)
         assert rows["k1 as a loss"][:2] == pytest.approx([0, 1], abs=1e-6)
         assert (rows["k2 as a loss"][1] < 1e-6) == (length == 1) and rows["k3 as a loss"][1] > 0.1

@@ -21,9 +21,10 @@ COMPARED = ("ppo", "ppo_ptx")       # the stages in the reference
 SETTINGS = ("episodes", "minibatches", "policy_lr", "value_lr", "beta", "ptx_coef", "cliprange", "lam",
             "n_embd", "n_layer", "pretrain_steps")       # where one of them differs, so does the band
 REACH = 2                           # curves are means over five iterations: one, and two on each side of it
-WIDEN, NEARBY = 1.5, 5              # how far the band reaches beyond the healthy runs: see band()
-STREAK = 6                          # a curve leaves the band when it stays outside for so many iterations:
-                                    # one more than are smoothed over, so that one spike is not enough
+EVERY = 2                           # of such curves the reference keeps every second iteration
+WIDEN, NEARBY = 1.0, 2              # how far the band reaches beyond the healthy runs: see band()
+STREAK = 3                          # a curve leaves the band when it stays outside for so many of the kept
+                                    # iterations: five in a row, so that one spike is not enough
 
 NAMES = {"pretrain": "GPT", "sft": "SFT", "flan": "FLAN", "rm": "RM", "ppo": "PPO", "ppo_ptx": "PPO-ptx",
          "reinforce": "REINFORCE", "dpo": "DPO", "kto": "KTO", "rlaif": "RLAIF"}
@@ -105,19 +106,16 @@ def curve(history, stage, x, y, reach=REACH):
 
 
 def reference_of(histories):
-    """Logs of healthy runs -> {"stages": {stage: {column: [[iteration, least, median, largest], ...]}}}, of
-    the runs' smoothed curves, over the iterations that every run has. The first ones, hardly smoothed, are
-    left out."""
+    """Logs of healthy runs -> {"stages": {stage: {column: [[iteration, the value of each run], ...]}}}, of
+    the runs' smoothed curves. The first iterations, hardly smoothed, are left out."""
     stages = {}
     for stage in COMPARED:
         names = {name for row in histories[0] if row["stage"] == stage for name in row}
         for name in sorted(names - {"stage", "step", "tok/s"}):
             runs = [dict(curve(history, stage, "step", name)) for history in histories]
             rows = []
-            for step in sorted(set.intersection(*[set(run) for run in runs]))[REACH:]:
-                values = [run[step] for run in runs]
-                summary = (min(values), median(values), max(values))
-                rows.append([step] + [float(f"{value:.4g}") for value in summary])
+            for step in sorted(set.intersection(*[set(run) for run in runs]))[REACH::EVERY]:
+                rows.append([step] + [float(f"{run[step]:.3g}") for run in runs])
             if rows:
                 stages.setdefault(stage, {})[name] = rows
     return {"stages": stages}
@@ -125,20 +123,31 @@ def reference_of(histories):
 
 def band(reference, stage, column):
     """{iteration: (low, median, high)}. The band reaches from the least value of the healthy runs less WIDEN
-    times their range to the largest value plus as much. The range is the widest of all iterations that are
-    at most NEARBY away. So wide, a healthy run that is left out stays inside the band of the others."""
+    times their range to the largest value plus as much. The range is the widest of all kept iterations that
+    are at most NEARBY away. So wide, a healthy run that is left out stays inside the band of the others."""
     rows = reference["stages"].get(stage, {}).get(column, [])
+    ranges = [max(values) - min(values) for _, *values in rows]
     bounds = {}
-    for i, (step, least, middle, largest) in enumerate(rows):
-        near = rows[max(0, i - NEARBY):i + NEARBY + 1]
-        room = WIDEN * max(row[3] - row[1] for row in near)
-        room += 0.001 * max(abs(least), abs(largest))        # the file holds four digits
-        bounds[step] = (least - room, middle, largest + room)
+    for i, (step, *values) in enumerate(rows):
+        room = WIDEN * max(ranges[max(0, i - NEARBY):i + NEARBY + 1])
+        room += 0.005 * max(abs(value) for value in values)      # the file holds three digits
+        bounds[step] = (min(values) - room, median(values), max(values) + room)
     return bounds
 
 
+def without(reference, place):
+    """The reference without one of its runs, and that run's curves: {(stage, column): {iteration: value}}."""
+    stages, curves_of_it = {}, {}
+    for stage, columns in reference["stages"].items():
+        for column, rows in columns.items():
+            kept = [row[:place + 1] + row[place + 2:] for row in rows]
+            stages.setdefault(stage, {})[column] = kept
+            curves_of_it[stage, column] = {row[0]: row[place + 1] for row in rows}
+    return {**reference, "stages": stages}, curves_of_it
+
+
 def first_outside(values, bounds):
-    """The iteration from which a curve is outside for STREAK iterations in a row; None if it never is."""
+    """The iteration from which a curve is outside for STREAK kept iterations in a row; None if it never is."""
     outside = []
     for step in sorted(values.keys() & bounds.keys()):
         low, _, high = bounds[step]

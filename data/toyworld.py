@@ -806,7 +806,7 @@ def check(task, response, ended=True):
 WEIGHTS = {"follows": 2.0, "truthful": 1.5, "constraint": 0.75, "polite": 1.25,
            "finished": 0.5}                      # sum 6: gold runs from 1 to 7
 GROUPS = {"train": 40, "heldout": 20}            # how many labelers
-# calibrated on sft_samples.jsonl to the paper's 72.6 and 77.3 % agreement
+# set so that labelers agree about as often as the paper's, 72.6 and 77.3 % (see the data card)
 LAPSE = {"train": 0.34, "heldout": 0.25}
 TIE = 0.3                                        # closer than this on the Likert scale is a tie
 
@@ -1495,13 +1495,14 @@ CLAIMS = [
     Claim("it is less rude, when asked to be respectful", "4.2", "25 % less toxic", "PPO-ptx",
           "rude_respectful", -1, "GPT"),
     Claim("it is not less rude, when not asked", "4.2", "no advantage", "PPO-ptx", "rude", 0, "GPT"),
-    Claim("its bias does not improve", "4.2", "0.74, GPT 0.74 bits", "PPO-ptx", "bias_bits", 0, "GPT"),
-    Claim("PPO forgets what pretraining taught (the tax)", "4.2", "", "PPO", "tax", 1, 0.0),
-    Claim("the pretraining mix cures most of it", "4.2", "", "PPO-ptx", "tax", -1, "PPO"),
+    Claim("its bias does not change", "4.2", "0.74, GPT 0.74 bits", "PPO-ptx", "bias_bits", 0, "GPT"),
+    Claim("PPO forgets more than SFT did (the tax)", "4.2", "", "PPO", "tax", 1, "SFT"),
+    Claim("the pretraining mix makes that less", "4.2", "", "PPO-ptx", "tax", -1, "PPO"),
     Claim("PPO-ptx generalises to a kind of instruction not seen", "4.3", "", "PPO-ptx", "unseen", 1, "GPT"),
-    Claim("the reward model agrees as well as labelers do", "4.1, E.2", "0.724; 0.726", "reward_model",
+    Claim("the reward model agrees as often as labelers do", "4.1, E.2", "0.724; 0.726", "reward_model",
           "accuracy", 0, "reward_model", "agreement"),
-    Claim("a beta of 2 does not cure PPO's tax", "Fig. 34", "", "PPO", "tax", 1, 0.0, when=(("beta", 2.0),)),
+    Claim("a beta of 2 leaves a part of PPO's tax", "Fig. 34", "", "PPO", "tax", 1, "SFT",
+          when=(("beta", 2.0),)),
     Claim("without KL penalty PPO's quality falls below SFT's", "Fig. 36", "", "PPO", "gold", -1, "SFT",
           when=(("beta", 0.0),))]
 
