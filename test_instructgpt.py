@@ -65,7 +65,6 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed))
 
 def words(*shape, seed=0):
-    """Random ids of the tiny vocabulary."""
     return torch.randint(V, shape, generator=seeded(seed))
 
 def tiny(head="lm", block=24, seed=0, dropout=0.0, gelu="none"):
@@ -111,7 +110,6 @@ def lines_of(*path):
     return [json.loads(line) for line in read(*path).splitlines()]
 
 def logged(cfg, stage):
-    """The lines of this stage in the log."""
     return [line for line in lines_of(cfg.out, "log.jsonl") if line["stage"] == stage]
 
 def spy(monkeypatch, name):
@@ -165,7 +163,6 @@ def command(*words):
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 def on(data, out):
-    """Words for a small run of this folder on these data."""
     return ["--data", data, "--out", out, *TINY]
 
 def refused(words, *told):
@@ -792,7 +789,6 @@ def test_section_35_normalise_reward_makes_demonstrations_0_and_keeps_difference
     assert abs(after.mean()) < 1e-4 < abs(sum(before) / 12)
 
 def experience(cfg, policy, reference):
-    """Episodes of the tiny models."""
     reward_model, value_net = tiny("scalar", seed=5), tiny("scalar", seed=6)
     sampler = ig.Sampler(policy, 16, 24, cfg.max_new_tokens, EOS, cfg.temperature)
     made = ig.make_experience(cfg, sampler, value_net, reference, reward_model, PROMPTS * 4, seeded(1))
@@ -1359,6 +1355,12 @@ def test_what_is_not_trained_is_cut_by_tokens(there, monkeypatch):     # case 13
         ig.evaluate(cfg, data, models, ig.finished(cfg, "rm", CPU), data.comparisons[3::4])
     assert len(seen) > 50 and max(seen) <= 200
 
+def test_out_of_memory_is_one_line_that_names_the_flags(there, monkeypatch):               # case 13
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(ig, "reward_loss", full)
+    refused(["rm", *on(there / "mine", there / "new")], "out of memory", "--rm_batch")
+
 @pytest.mark.parametrize("stage, broken", [
     ("pretrain", "lm_loss"), ("rm", "reward_loss"), ("ppo", "policy_loss"), ("ppo_ptx", "value_loss"),
     ("ppo", "reward_scores"), ("dpo", "dpo_loss"), ("kto", "kto_loss")])
@@ -1864,7 +1866,6 @@ SIZES = {"toy": Size(2, 2, 128, 551, 32, 16, 64, 32, 64, 8),
          "gpt2": Size(12, 12, 768, 50257, 16, 16, 8, 4, 8, 2)}
 
 def median(device, rounds, work):
-    """Seconds that work() takes."""
     seconds, synchronize = [], getattr(torch, device.type).synchronize
     for _ in range(rounds):
         synchronize()
