@@ -183,8 +183,8 @@ def corpus_batch(corpus, n, length, generator, device):
     return torch.from_numpy(rows.astype(np.int64)).to(device)
 
 def stack(prompts, responses, device="cpu"):
-    """Rows of prompt + response. prompts, responses: B lists of ids -> tokens (B,T), mask (B,T-1) bool, last
-    (B,) the index of each row's last token. The action frame:
+    """Rows of prompt + response. prompts, responses: B lists of ids -> tokens (B,T) int64, T the longest
+    row, mask (B,T-1) bool, last (B,) the index of each row's last token. The action frame:
 
         tokens      p0   p1   p2   r0   r1  EOS    0
         column       0    1    2    3    4    5
@@ -554,7 +554,7 @@ def token_logprobs(model, tokens, temperature=1.0, mask=None):
         log_softmax(model(tokens)[:, :-1] / temperature), taken at tokens[:, 1:]
 
     The temperature is the sampler's: what is scored must be what was sampled from. The rest is speed: with a
-    mask (B,T-1) only its N entries are computed, and 0 stands elsewhere."""
+    mask (B,T-1) only its N entries are computed (`keep` of the model), and 0 stands elsewhere."""
     if mask is None:
         targets = F.pad(tokens[:, 1:], (0, 1))             # (B,T), the last made up: slicing logits copies
         logprobs = log_softmax(model(tokens), temperature).gather(2, targets[..., None])       # (B,T,1)
@@ -613,8 +613,8 @@ def kl_k3(logprobs, ref_logprobs):
     return torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, the score (the reward
-    model's number; a reward is score and KL together) at the last one.
+    """Eq. 2's bracket, token by token: -beta * log(pi/pi_SFT) at each response token, and at the last one the
+    score on top. (The score is the reward model's number; a reward is score and KL together.)
     scores (B,), the rest (B,T-1) -> (B,T-1), 0 outside the mask. A row sums to
     score - beta * log( pi(y|x) / pi_SFT(y|x) ); a row without a response gets no score."""
     k1 = kl_k1(zero_outside(mask, logprobs), zero_outside(mask, ref_logprobs))  # (B,T-1)
@@ -712,8 +712,8 @@ def finite(name, x):
     return x
 
 def clip_and_step(model, optimizer, lr):
-    """One optimizer step at this learning rate on the gradients that backward left, clipped at norm 1.
-    Returns the norm before clipping. NotFinite if it is not finite, as after a loss of NaN."""
+    """One optimizer step at this learning rate on the gradients that backward left, clipped at norm 1, and
+    clears them. Returns the norm before clipping. NotFinite if it is not finite, as after a loss of NaN."""
     norm = finite("the gradient's norm", nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1000,8 +1000,10 @@ def make_experience(cfg, sampler, value_net, reference, reward_model, prompts, g
                       returns=returns, tokens_per_second=speed)
 
 def update(cfg, policy, value_net, adams, e, picked, web, lr_factor):
-    """One minibatch, the rows picked (b,) of the Experience e: one optimizer step for the policy, one for the
-    value net. web (m,block): pretraining rows for the mix, or None. Returns numbers for the log."""
+    """One minibatch, the rows picked (b,) of the Experience e: one optimizer step for the policy, at
+    policy_lr times lr_factor, and one for the value net, at value_lr. web (m,block): pretraining rows for the
+    mix, or None. Returns floats for the log: "ptx" (0 without a mix), "vloss", "grad", "clip" (summary tells
+    what they are) and "change", the largest |log-prob - rollout's| before the step."""
     n = int(e.lengths[picked].max())                       # filler beyond the longest row is not computed
     tokens, mask = e.tokens[picked, :n], e.mask[picked, :n - 1]                 # (b,n), (b,n-1)
     old_logprobs, advantages = e.logprobs[picked, :n - 1], e.advantages[picked, :n - 1]        # (b,n-1) each

@@ -176,11 +176,11 @@ def leaves_band(history, reference):
 
 def misfit(config, history, reference):
     """Why a run with these settings cannot be compared with the reference; "" if it can."""
+    if not any("gold" in row for row in history):
+        return "not compared with healthy runs: the log holds no gold, so this was not the toy world"
     for name, theirs in reference["settings"].items():
         if config.get(name) != theirs:
-            return f"not compared: {name} is {config.get(name)}, the reference's {theirs}"
-    if not any("gold" in row for row in history):
-        return "not compared: the log holds no gold, so this was not the toy world"
+            return f"not compared with healthy runs: {name} is {config.get(name)}, theirs {theirs}"
     return ""
 
 
