@@ -133,7 +133,6 @@ def tiny_corpus():
     return (np.arange(960) % V).astype(np.uint16), np.arange(0, 960, 24)
 
 def small_policy(enc):
-    """With the toy world's vocabulary."""
     torch.manual_seed(0)
     return ig.freeze(ig.GPT(ig.GPTConfig(enc.n_vocab, 48, 1, 2, 16)))
 
@@ -234,7 +233,6 @@ def there(home, tmp_path):
     return shutil.copytree(home, tmp_path / "there")
 
 def read_data(folder, **settings):
-    """Data of a folder, and what was printed."""
     said = io.StringIO()
     with redirect_stdout(said):
         return ig.Data(replace(SMALL, data=str(folder), **settings)), said.getvalue()
@@ -1312,8 +1310,8 @@ def test_foreign_cut_and_flipped_checkpoints_are_one_line_and_never_executed(the
     foreign = [b"", b"text", pickle.dumps(Evil()), packed(Evil()), packed({"a": Evil()}), packed([1, 2]),
                packed({**whole, "mark": 7}), packed({**whole, "config": {"n_layer": 1}}),
                packed({**whole, "weights": {}}), good[:1], good[:5000], good[:-1]]
-    for record in [x for x in ig.ZipFile(path).infolist() if x.file_size > 9000]:
-        at = record.header_offset + 200 + record.file_size // 2        # one bit of each large tensor
+    for record in [x for x in ig.ZipFile(path).infolist() if x.file_size > 2000]:
+        at = record.header_offset + 200 + record.file_size // 2        # one bit of each large part
         foreign.append(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
     for data in foreign:
         path.write_bytes(data)
@@ -1804,19 +1802,20 @@ def in_folder(folder, *words):
 
 def test_course_student_keeps_signatures_and_docstrings_and_runs_to_the_first_hole(student):
     source, truth = course.read(os.path.join(student, "instructgpt.py")), course.true_source()
-    assert len(course.EXERCISES) >= 20
+    first, *others, last = course.EXERCISES
+    assert len(others) >= 18 and (first, last) == ("stack", "train_dpo")
     for x in course.EXERCISES.values():
         mine, true = course.node_of(source, x.name), course.node_of(truth, x.name)
-        assert ast.dump(mine.args) == ast.dump(true.args) and 2 <= len(x.wrong) <= 4
-        assert ast.get_docstring(mine) == ast.get_docstring(true)
+        assert ast.dump(mine.args) == ast.dump(true.args) and x.minutes.isdigit() and x.place and x.whose
+        assert ast.get_docstring(mine) == ast.get_docstring(true) and x.key in x.words
+        assert 2 <= len({w.title for w in x.wrong if w.source and w.edits}) == len(x.wrong) <= 4
         assert len(mine.body) == 2 and isinstance(mine.body[1], ast.Raise)
     assert set(course.filled(source, "gae").split("\n")) - set(truth.split("\n")) == {
         '    raise NotImplementedError("exercise gae: python data/course.py judge gae")'}
     code, said = in_folder(student, "instructgpt.py", "--smoke", "ppo")
     assert code == 1 and re.search("NotImplementedError: exercise .*: python data/course.py judge ", said)
-    told = course.read(os.path.join(student, "EXERCISES.md"))
-    assert course.overview(course.EXERCISES) in told and "course_solution.bin" in told
-    assert course.overview(course.EXERCISES) in read(HERE, "README.md")
+    for told in (read(student, "EXERCISES.md"), read(HERE, "README.md")):
+        assert course.overview(course.EXERCISES) in told
     with pytest.raises(SystemExit, match="is there already"):
         course.main(["student", "gae", "--out", student])
 
@@ -1825,15 +1824,17 @@ def test_course_judge_names_wrong_versions_and_a_nan_and_is_green_for_the_true_o
     path, wrong = os.path.join(student, "instructgpt.py"), exercise.wrong[1]
     source, right = course.read(path), course.text_of(truth, "policy_loss")
     safe = "zero_outside(mask, logprobs), zero_outside(mask, old_logprobs)"
-    careless = course.wrong_text(truth, exercise, wrong).replace(safe, "logprobs, old_logprobs")
+    both = [text.replace(safe, "logprobs, old_logprobs")
+            for text in (right, course.wrong_text(truth, exercise, wrong))]
     for text, code, *told in ((course.text_of(source, "policy_loss"), 1, "red    policy_loss is still empty"),
-                              (careless, 1, "tests fail", "a NaN behind", "yours equals", wrong.title),
+                              (both[0], 1, "tests fail", "a NaN or inf behind"),
+                              (both[1], 1, "tests fail", "a NaN or inf", "yours equals", wrong.title),
                               (right, 0, "green  policy_loss: its tests pass\n"),
                               ("def policy_loss(:", 1, "red    instructgpt.py, line ")):
         course.write(path, course.with_texts(source, {"policy_loss": text}))
         verdict = in_folder(student, "data/course.py", "judge", "policy_loss")
         assert verdict[0] == code and all(words in verdict[1] for words in told), verdict
-    course.write(path, source)
+        assert ("yours equals" in verdict[1]) == ("yours equals" in told)
 
 def test_course_mistakes_to_be_found_are_in_the_file_alone_and_are_revealed(tmp_path, capsys):
     truth = course.true_source()
@@ -1927,7 +1928,6 @@ def bench_training(model, size, device, rounds, line):
     line("PPO-ptx iteration, episodes", n, making + updating, 13 * once)
 
 def bench(argv, sizes=SIZES, rounds=5):
-    """The command line. A test shrinks the sizes and rounds."""
     parser = argparse.ArgumentParser(description="How fast each part of instructgpt.py is on this machine.")
     parser.add_argument("bench", choices=["bench"])
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda, if there is one)")

@@ -298,6 +298,8 @@ class Answers:
         """The titles of all versions that answer as this one does; safe: to calls that are not odd."""
         calls = [n for n, odd in enumerate(self.odd) if not (safe and odd)]
         mine = self.by[title]
+        if not calls:
+            return []
         return [other for other, theirs in self.by.items() if other != title
                 and all(alike(mine[n], theirs[n]) for n in calls)]
 
@@ -375,7 +377,7 @@ def opinions(exercise, answers):
     versions, lines = answers.same("yours"), []
     if not versions and answers.same("yours", safe=True):
         versions = answers.same("yours", safe=True)
-        lines.append("a NaN behind the mask comes through: set inputs to 0 there before the arithmetic")
+        lines.append("a NaN or inf behind the mask comes through: set inputs to 0 there before the rest")
     for wrong in exercise.wrong:
         if wrong.title in versions:
             lines.append(f"yours equals the version that {wrong.title}\n       (seen in: {wrong.source})")
