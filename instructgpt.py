@@ -144,7 +144,6 @@ class Config:
     unfinished_score: float = setting(-1.0, "score of a response without end", "Ziegler: -1", low=-1e9)
     # evaluation
     test_prompts: int = setting(600, "prompts that the models answer", "3,196", low=1)
-    judges: int = setting(5, "labelers per pair of answers", "1 for most", low=1, high=20)
 
 # --smoke: everything in miniature. With so few steps the moving average of the weights has to follow faster.
 SMOKE = dict(n_embd=64, pretrain_steps=150, pretrain_batch=16, sft_epochs=1, rm_prompts=300, iterations=4,
@@ -378,9 +377,8 @@ class GPT(nn.Module):
         about a third of its row, so this saves a quarter of a policy step."""
         return self.project(self.hidden(tokens, keep=keep))
 
-def copy_of(model, head=None, dropout=0.0):
-    """Another model with the same weights. With another head than the model's, that head is fresh."""
-    head = head or ("lm" if model.head is None else "scalar")
+def copy_of(model, head="lm", dropout=0.0):
+    """Another model with the same weights; a scalar head that the model does not have is fresh."""
     other = GPT(replace(model.config, dropout=dropout), head)
     other.load_state_dict(model.state_dict(), strict=False)
     return other.to(model.wte.weight.device)
@@ -474,14 +472,15 @@ class Sampler:
     def record(self):
         """The step as a CUDA graph: one call starts its hundreds of small kernels, instead of one call each.
         (Skip this at first reading.)"""
-        L, side = self.tokens.size(1), torch.cuda.Stream()
+        width = self.tokens.size(1)                        # all of it: shapes have to stay the same
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.step(L)                                   # libraries set themselves up outside the record
+            self.step(width)                               # libraries set themselves up outside the record
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
-            self.step(L)
+            self.step(width)
         return graph
 
     @torch.no_grad()
@@ -490,7 +489,8 @@ class Sampler:
         self.policy.eval()                                 # dropout would make it another policy
         device = self.tokens.device
         lens = torch.tensor([len(prompt) for prompt in prompts])                # (B,)
-        longest, n = int(lens.max()), len(self.uniforms)
+        longest = int(lens.max())
+        T = longest + len(self.uniforms)
         self.tokens.zero_()
         for row, prompt in enumerate(prompts):
             self.tokens[row, :len(prompt)] = torch.tensor(prompt)
@@ -504,14 +504,13 @@ class Sampler:
             tokens = self.tokens[:, :longest - 1]                               # (B,longest-1)
             self.cache.at(self.cache.columns[:longest - 1].expand_as(tokens), longest - 1)
             self.policy.hidden(tokens, self.cache, keep=torch.zeros_like(tokens, dtype=torch.bool))
-        for i in range(n):
+        for width in range(longest, T):
             if self.graph is None:
-                self.step(longest + i)                     # a CPU reads the filled columns alone
+                self.step(width)                           # a CPU reads the filled columns alone
             else:
                 self.graph.replay()
-            if i % 4 == 3 and not self.alive.any():        # the one look at the device, every fourth step
+            if (width - longest) % 4 == 3 and not self.alive.any():      # the one look at the device
                 break
-        T = longest + n
         return Rollout(self.tokens[:, :T].clone(), self.mask[:, :T - 1].clone(),
                        self.logprobs[:, :T - 1].clone(), lens.to(device), ~self.alive)
 
@@ -519,7 +518,8 @@ def rollout(policy, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
     """Samples one response to each prompt. prompts: B non-empty lists of ids, any lengths. A response ends
     with `eos` or after max_new_tokens. Returns a Rollout with T = longest prompt + max_new_tokens; ValueError
     if T exceeds the block or a prompt is empty."""
-    lens, room = [len(prompt) for prompt in prompts], policy.config.block_size - max_new_tokens
+    lens = [len(prompt) for prompt in prompts]
+    room = policy.config.block_size - max_new_tokens
     if not 1 <= min(lens) <= max(lens) <= room:
         raise ValueError(f"prompts of {min(lens)} to {max(lens)} tokens: 1 to {room} leave room in the block")
     T = max(lens) + max_new_tokens
@@ -633,7 +633,8 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
     rewards, values (B,T-1) -> (advantages, returns), (B,T-1) each, 0 in the columns of prompt and filler.
     After the last response token V and A are 0, because the episode is over, finished or not. The paper does
     not discount (C.4)."""
-    rewards, values = zero_outside(mask, rewards), zero_outside(mask, values)
+    rewards = zero_outside(mask, rewards)
+    values = zero_outside(mask, values)
     advantages = torch.zeros_like(values)                                       # (B,T-1)
     next_value = torch.zeros_like(values[:, 0])                                 # (B,)
     next_advantage = torch.zeros_like(values[:, 0])                             # (B,)
@@ -648,7 +649,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate, negated: - mean min( rho A, clip(rho, 1-eps, 1+eps) A ) with rho = pi/pi_old.
     All (B,T-1) -> scalar. One batch serves several steps, so pi moves away from the pi_old that sampled it;
     the clip takes away the gradient where that went too far in the direction that A asks for."""
-    logprobs, old_logprobs = zero_outside(mask, logprobs), zero_outside(mask, old_logprobs)
+    logprobs = zero_outside(mask, logprobs)
+    old_logprobs = zero_outside(mask, old_logprobs)
     advantages = zero_outside(mask, advantages)
     ratio = torch.exp(logprobs - old_logprobs)                                  # (B,T-1)
     clipped = ratio.clamp(1 - clip, 1 + clip)                                   # (B,T-1)
@@ -658,7 +660,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     """1/2 mean max( (V - return)^2, (V_clipped - return)^2 ) with V_clipped = V_old + clip(V - V_old, -eps,
     eps). All (B,T-1) -> scalar. As in the policy, a move of more than eps towards the return brings nothing
     more; the maximum sees to it that a move away from the return is always taken back."""
-    values, old_values = zero_outside(mask, values), zero_outside(mask, old_values)
+    values = zero_outside(mask, values)
+    old_values = zero_outside(mask, old_values)
     returns = zero_outside(mask, returns)
     clipped = old_values + (values - old_values).clamp(-clip, clip)             # (B,T-1)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
@@ -731,8 +734,8 @@ class Steps:
     def __init__(self, cfg, stage, n, **objects):
         self.cfg, self.stage, self.n, self.objects = cfg, stage, n, objects
         self.path = os.path.join(cfg.out, stage + ".part")
-        self.first, self.earlier = 0, 0.0                  # steps and seconds before a stop
-        self.start, self.shown = time.time(), 0.0
+        self.first, self.earlier, self.shown = 0, 0.0, 0.0           # steps and seconds before a stop
+        self.start = time.time()
         if os.path.exists(self.path):
             saved = load(self.path)
             with reading(self.path, CHECKPOINT):
@@ -742,7 +745,7 @@ class Steps:
             print(f"{stage}: goes on after step {self.first} of {n}")
 
     def __iter__(self):
-        saved, cost = time.time(), 0.0
+        saved, cost = self.start, 0.0
         for self.step in range(self.first, self.n):
             yield self.step
             begun = time.time()
@@ -774,15 +777,15 @@ def pretrain(cfg, enc, corpus, device):
     seed(cfg, "pretrain", "weights")
     gpt = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
     optimizer = adamw(gpt, cfg.pretrain_lr)
-    n, warmup = cfg.pretrain_steps, min(50, cfg.pretrain_steps // 10)
-    steps = Steps(cfg, "pretrain", n, model=gpt, optimizer=optimizer)
+    warmup = min(50, cfg.pretrain_steps // 10)
+    steps = Steps(cfg, "pretrain", cfg.pretrain_steps, model=gpt, optimizer=optimizer)
     for step in steps:
         generator = seed(cfg, "pretrain", step)
         rows = corpus_batch(corpus, cfg.pretrain_batch, cfg.block_size, generator, device)     # (B,block)
         loss = lm_loss(gpt, rows)
         loss.backward()
-        clip_and_step(gpt, optimizer, cfg.pretrain_lr * cosine(step, n, warmup))
-        if (step + 1) % 10 == 0 or step + 1 == n:
+        clip_and_step(gpt, optimizer, cfg.pretrain_lr * cosine(step, cfg.pretrain_steps, warmup))
+        if (step + 1) % 10 == 0 or step + 1 == cfg.pretrain_steps:
             steps.log(loss=loss.item())
     return freeze(gpt)
 
@@ -795,7 +798,8 @@ def sft(cfg, stage, gpt, demos, corpus):
     """demos: list of (prompt ids, response ids). The SFT model: baseline, start of RL and KL reference. On
     answers to public tasks the same makes FLAN, the paper's other baseline."""
     model = copy_of(gpt, dropout=cfg.sft_dropout).train()
-    device, optimizer = model.wte.weight.device, adamw(model, cfg.sft_lr)
+    optimizer = adamw(model, cfg.sft_lr)
+    device = model.wte.weight.device
     mixed = math.ceil(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))          # pretraining rows per step
     lengths = [len(x) + len(y) for x, y in demos]
     plan = batches(lengths, cfg.sft_batch, cfg.sft_epochs, seed(cfg, stage, "plan"))
@@ -828,23 +832,19 @@ class Answer:
     ids: list                                    # as sampled, EOS included if it ended
     text: str
     ended: bool
-    logprobs: list                               # nats, one per id; after a cut the last is the newline's
 
-def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False, lengths=None):
-    """One Answer to each prompt (ids), in the same order. For the evaluation: temperature 0 is greedy;
-    one_line cuts at the first newline, our way to end GPT's answers, which run on; lengths, in place of the
-    prompts' own, decide the parts, and so which random numbers a row gets."""
+def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, one_line=False):
+    """One Answer to each prompt (ids), in the same order. For the evaluation: temperature 0 is greedy, and
+    one_line cuts at the first newline, our way to end GPT's answers, which run on."""
     answers = [None] * len(prompts)
-    lengths = [n + max_new_tokens for n in lengths or map(len, prompts)]
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for part in parts_by_length(lengths, 16384):
-        asked = [prompts[i] for i in part]
-        r = rollout(policy, asked, max_new_tokens, enc.eot_token, temperature, generator)
-        for i, ids, logprobs, mask in zip(part, r.responses(), r.logprobs.cpu(), r.mask.cpu()):
+        r = rollout(policy, [prompts[i] for i in part], max_new_tokens, enc.eot_token, temperature, generator)
+        for i, ids in zip(part, r.responses()):
             ends = [n for n, token in enumerate(ids) if one_line and "\n" in enc.decode([token])]
             if ends:                                       # EOS takes the newline's place
                 ids = ids[:ends[0]] + [enc.eot_token]
-            ended = ids[-1] == enc.eot_token
-            answers[i] = Answer(ids, decode_response(enc, ids), ended, logprobs[mask][:len(ids)].tolist())
+            answers[i] = Answer(ids, decode_response(enc, ids), ids[-1] == enc.eot_token)
     return answers
 
 def collect(cfg, stage, enc, policy, records, label):
@@ -909,8 +909,8 @@ def train_reward_model(cfg, stage, enc, sft_model, comparisons, demos):
     reward_model = copy_of(sft_model, head="scalar").train()
     optimizer = adamw(reward_model, cfg.rm_lr)
     data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
-    lengths, generator = [len(prompt) for prompt, _, _ in data], seed(cfg, stage, "plan")
-    plan = batches(lengths, cfg.rm_batch, cfg.rm_epochs, generator)
+    lengths = [len(prompt) for prompt, _, _ in data]
+    plan = batches(lengths, cfg.rm_batch, cfg.rm_epochs, seed(cfg, stage, "plan"))
     steps = Steps(cfg, stage, len(plan), model=reward_model, optimizer=optimizer)
     for step in steps:
         scores, ranks = score_comparisons(reward_model, [data[i] for i in plan[step]])         # (B,K) each
@@ -968,20 +968,17 @@ class Experience(Rollout):
     raw_advantages: torch.Tensor                 # (B,T-1) as GAE gives them, for the ledger
     advantages: torch.Tensor                     # (B,T-1) whitened
     returns: torch.Tensor                        # (B,T-1)
-    tokens_per_second: float                     # of the rollout
 
 @torch.no_grad()
 def make_experience(cfg, sampler, value_net, reference, reward_model, prompts, generator, estimate=gae):
     """prompts: B lists of ids -> Experience. estimate: gae, or the neighbour reinforce in its place."""
     # 1. Sample with the current policy. The log-probs kept while sampling are those of pi_old.
-    begun = time.time()
     r = sampler.sample(prompts, generator)
-    speed = int(r.mask.sum()) / (time.time() - begun)
     # 2. Score the response at its last token; take the reference's log-probs and the values of the states. A
     # few rows of similar length go together: the result is that of all rows at once, only faster.
     lengths = r.prompt_lens + r.mask.sum(1)                                     # (B,)
     scores = torch.zeros(len(prompts), device=lengths.device)                   # (B,)
-    ref_logprobs, values = torch.zeros_like(r.logprobs), torch.zeros_like(r.logprobs)          # (B,T-1) each
+    ref_logprobs, values = torch.zeros(2, *r.logprobs.shape, device=lengths.device)            # (B,T-1) each
     for part in parts_by_length(lengths.tolist(), tokens_at_once(lengths.device)):
         picked = torch.tensor(part, device=lengths.device)                      # (b,) indices of rows
         n = int(lengths[part[-1]])                         # the longest of them: what is beyond it is filler
@@ -997,7 +994,7 @@ def make_experience(cfg, sampler, value_net, reference, reward_model, prompts, g
     advantages, returns = estimate(rewards, values, r.mask, discount=1.0, lam=cfg.lam)         # (B,T-1) each
     return Experience(**vars(r), lengths=lengths, ref_logprobs=ref_logprobs, scores=scores, rewards=rewards,
                       values=values, raw_advantages=advantages, advantages=whiten(advantages, r.mask),
-                      returns=returns, tokens_per_second=speed)
+                      returns=returns)
 
 def update(cfg, policy, value_net, adams, e, picked, web, lr_factor):
     """One minibatch, the rows picked (b,) of the Experience e: one optimizer step for the policy, at
@@ -1030,14 +1027,16 @@ def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, e
     starts for the mix, or None for plain PPO; world: the checker, which knows gold, for the log alone.
     Returns the EMA of the policy: its answers vary less from step to step than those of the last weights."""
     device = sft_model.wte.weight.device
-    reference, policy, average = freeze(sft_model), copy_of(sft_model), freeze(copy_of(sft_model))
+    policy = copy_of(sft_model)
+    average = freeze(copy_of(sft_model))
     # V starts as the reward model (3.5), which scores whole texts. V learns to predict, from a beginning,
     # that score less the KL penalties still to come.
-    value_net = copy_of(freeze(reward_model))
+    value_net = copy_of(reward_model, "scalar")
     adams = adamw(policy, cfg.policy_lr), adamw(value_net, cfg.value_lr)
     sampler = Sampler(policy, cfg.episodes, cfg.block_size, cfg.max_new_tokens, enc.eot_token,
                       cfg.temperature, graph=device.type == "cuda")
-    passes, generator = math.ceil(cfg.iterations * cfg.episodes / len(records)), seed(cfg, stage, "plan")
+    passes = math.ceil(cfg.iterations * cfg.episodes / len(records))
+    generator = seed(cfg, stage, "plan")
     order = torch.cat([torch.randperm(len(records), generator=generator) for _ in range(passes)])
     steps = Steps(cfg, stage, cfg.iterations, policy=policy, value_net=value_net, average=average,
                   policy_adam=adams[0], value_adam=adams[1])
@@ -1045,8 +1044,8 @@ def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, e
         luck = seed(cfg, stage + " rollout", iteration, device)                 # on the device: the samples
         generator = seed(cfg, stage, iteration)            # on the CPU: minibatches and pretraining rows
         batch = [records[i] for i in order[iteration * cfg.episodes:][:cfg.episodes].tolist()]
-        e = make_experience(cfg, sampler, value_net, reference, reward_model, [p["ids"] for p in batch], luck,
-                            estimate)
+        prompts = [p["ids"] for p in batch]
+        e = make_experience(cfg, sampler, value_net, sft_model, reward_model, prompts, luck, estimate)
         numbers = []
         for picked in torch.randperm(cfg.episodes, generator=generator).tensor_split(cfg.minibatches):
             web, m = None, cfg.ptx_rows * len(picked)
@@ -1060,9 +1059,8 @@ def ppo(cfg, stage, enc, sft_model, reward_model, records, corpus, world=None, e
             print(f"  first minibatch: max |log-prob - rollout's| = {numbers[0]['change']:.1e}: rounding")
         line = summary(e, numbers)
         if world is not None:
-            rows = zip(batch, e.responses(), e.ended.tolist())
-            merits = [world.check(p["task"], decode_response(enc, ids), ended) for p, ids, ended in rows]
-            line["gold"] = mean([world.gold(m) for m in merits])
+            texts = [decode_response(enc, ids) for ids in e.responses()]
+            line["gold"] = mean(world.golds(batch, texts, e.ended.tolist()))
         steps.log(**line)
     way = 1 - cfg.ema ** (cfg.iterations * cfg.minibatches)
     if way < 0.9:
@@ -1077,7 +1075,7 @@ def summary(e, numbers):
     ended     share of responses; length: their tokens; entropy: nats per token, 0 is one answer left
     vloss     of the value net; ev: share of the returns' variance that it explains
     clip      share of tokens whose ratio is outside 1 +- cliprange; grad: the policy's norm before clipping
-    ptx       pretraining loss of the mix, nats per token; tok/s: sampled in the rollout
+    ptx       pretraining loss of the mix, nats per token
     Good runs of the toy have k3 from 0.2 to 3, ended above 0.9, clip below 0.2 and ev above 0.3.
     """
     error, mask = e.returns - e.values, e.mask                                  # (B,T-1) each
@@ -1088,7 +1086,7 @@ def summary(e, numbers):
             "entropy": -masked_mean(e.logprobs, mask),
             "k1": kl_k1(e.logprobs, e.ref_logprobs).sum(1).mean(),
             "k3": kl_k3(e.logprobs, e.ref_logprobs).sum(1).mean(),
-            "ev": 1 - unexplained / variance.clamp(min=1e-8), "tok/s": e.tokens_per_second}
+            "ev": 1 - unexplained / variance.clamp(min=1e-8)}
     for name in ("vloss", "clip", "grad", "ptx"):
         line[name] = mean([x[name] for x in numbers])
     return {name: float(x) for name, x in line.items()}
@@ -1171,8 +1169,9 @@ def beats(batch, device):
 
 def train_dpo(cfg, enc, sft_model, comparisons):
     """The SFT model after one pass over all pairs of the comparisons, at PPO's beta and learning rate."""
-    policy, reference = copy_of(sft_model), freeze(sft_model)
-    optimizer, data = adamw(policy, cfg.policy_lr), encode_comparisons(enc, comparisons, cfg.max_new_tokens)
+    policy = copy_of(sft_model)
+    optimizer = adamw(policy, cfg.policy_lr)
+    data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
     plan = batches([len(prompt) for prompt, _, _ in data], cfg.rm_batch, 1, seed(cfg, "dpo", "plan"))
     steps = Steps(cfg, "dpo", len(plan), model=policy, optimizer=optimizer)
     for step in steps:
@@ -1180,7 +1179,7 @@ def train_dpo(cfg, enc, sft_model, comparisons):
         prompts, responses = rows_of(batch)
         winners, losers = beats(batch, policy.wte.weight.device).nonzero(as_tuple=True)        # (pairs,) each
         with torch.no_grad():
-            ref_logp = response_logprobs(reference, prompts, responses)         # (N,)
+            ref_logp = response_logprobs(sft_model, prompts, responses)         # (N,)
         logp = response_logprobs(policy, prompts, responses)                    # (N,)
         loss = dpo_loss(logp[winners], logp[losers], ref_logp[winners], ref_logp[losers], cfg.beta)
         loss.backward()
@@ -1195,8 +1194,9 @@ def another_prompt(data, i):
 def train_kto(cfg, enc, sft_model, comparisons):
     """The SFT model after one pass over the single answers of the comparisons: an answer is desirable if it
     wins more pairs than it loses, else undesirable. Same beta and learning rate as PPO."""
-    policy, reference = copy_of(sft_model), freeze(sft_model)
-    optimizer, data = adamw(policy, cfg.policy_lr), encode_comparisons(enc, comparisons, cfg.max_new_tokens)
+    policy = copy_of(sft_model)
+    optimizer = adamw(policy, cfg.policy_lr)
+    data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
     plan = batches([len(prompt) for prompt, _, _ in data], cfg.rm_batch, 1, seed(cfg, "kto", "plan"))
     steps = Steps(cfg, "kto", len(plan), model=policy, optimizer=optimizer)
     for step in steps:
@@ -1207,8 +1207,8 @@ def train_kto(cfg, enc, sft_model, comparisons):
         # each prompt with the responses to another one
         other = rows_of([(data[i][0],) + another_prompt(data, i)[1:] for i in plan[step]])
         with torch.no_grad():
-            kl0 = kto_kl0(response_logprobs(policy, *other), response_logprobs(reference, *other))
-            ref_logp = response_logprobs(reference, prompts, responses)         # (N,)
+            kl0 = kto_kl0(response_logprobs(policy, *other), response_logprobs(sft_model, *other))
+            ref_logp = response_logprobs(sft_model, prompts, responses)         # (N,)
         logp = response_logprobs(policy, prompts, responses)                    # (N,)
         loss = kto_loss(logp, ref_logp, desirable, kl0, cfg.beta)
         loss.backward()
@@ -1287,26 +1287,19 @@ def scores_of(cfg, reward_model, prompts, answers):
     return [score if answer.ended else cfg.unfinished_score for score, answer in zip(scores, answers)]
 
 @torch.no_grad()
-def kl_of(reference, prompts, answers):
-    """k3 and k1 (nats per response) of each Answer to the reference: two lists. Where GPT's line was cut, its
-    newline meets the reference's EOS, so GPT's KL is only an indication."""
-    device, k3, k1 = reference.wte.weight.device, torch.zeros(len(prompts)), torch.zeros(len(prompts))
+def kl_of(policy, reference, prompts, answers):
+    """k3 and k1 (nats per response) of each Answer of the policy: two lists. Where GPT's line was cut, EOS
+    took the newline's place, so GPT's KL is only an indication."""
+    device = reference.wte.weight.device
+    k3, k1 = torch.zeros(2, len(prompts))                                       # (prompts,) each
     lengths = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
     for part in parts_by_length(lengths, tokens_at_once(device)):
         tokens, mask, _ = stack([prompts[i] for i in part], [answers[i].ids for i in part], device)
-        own = torch.tensor([x for i in part for x in answers[i].logprobs], device=device)      # (N,)
-        own = torch.zeros(mask.shape, device=device).masked_scatter(mask, own)  # (b,t-1)
+        own = token_logprobs(policy, tokens, 1.0, mask)                         # (b,t-1)
         ref = token_logprobs(reference, tokens, 1.0, mask)                      # (b,t-1), 0 where own is
         k3[part] = kl_k3(own, ref).sum(1).cpu()
         k1[part] = kl_k1(own, ref).sum(1).cpu()
     return k3.tolist(), k1.tolist()
-
-@torch.no_grad()
-def exact_kl(policy, reference, tokens, mask):
-    """KL(pi || pi_ref), (B,T) -> (B,) nats: over the vocabulary in the state before each response token,
-    summed. For chat's greedy answers: their tokens are no samples of pi, so k1 and k3 would say nothing."""
-    p, q = [log_softmax(model(tokens)[:, :-1], 1.0) for model in (policy, reference)]      # (B,T-1,V) each
-    return zero_outside(mask, (p.exp() * (p - q)).sum(-1)).sum(1)
 
 @torch.no_grad()
 def bias_bits(model, enc, request, items):
@@ -1343,22 +1336,17 @@ def question(cfg, data, name, model, sets):
     generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # for all models the same luck
     for which, items in sets.items():
         prompts = [encode_prompt(enc, p["prompt"])[-room:] for p in items]
-        lengths = [len(prompt) for prompt in prompts]      # for all models: the same parts, the same luck
         if name == "GPT (prompted)":
             longer = [encode_prompt(enc, data.probes["prefix"] + p["prompt"]) for p in items]
             prompts = [long if len(long) <= room else short for long, short in zip(longer, prompts)]
-        answers[which] = respond(model, enc, prompts, cfg.max_new_tokens, generator,
-                                 one_line=name in BASE_MODELS, lengths=lengths)
+        one_line = name in BASE_MODELS
+        answers[which] = respond(model, enc, prompts, cfg.max_new_tokens, generator, 1.0, one_line)
     return answers
-
-def plain(answers):
-    """Answers as the toy world takes them."""
-    return [(answer.text, answer.ended) for answer in answers]
 
 def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, opponents):
     """All numbers of a model: means over prompts, in ci95 their half-widths, and a few that are no means."""
     mine, prompts = answers["tests"], [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
-    k3, k1 = kl_of(reference, prompts, mine)
+    k3, k1 = kl_of(model, reference, prompts, mine)
     lists = {"reward": scores_of(cfg, reward_model, prompts, mine), "kl": k3, "kl_k1": k1,
              "length": [len(answer.ids) for answer in mine], "ended": [answer.ended for answer in mine]}
     other = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -1366,8 +1354,7 @@ def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, oppon
         losses = [corpus_losses(m, data.corpus_valid, cfg.block_size) for m in (model, gpt)]
         lists.update(pretrain_loss=losses[0], tax=[mine - its for mine, its in zip(*losses)])
     if data.world:
-        said = {which: plain(given) for which, given in answers.items()}
-        lists.update(data.world.report(sets, said, opponents, cfg.judges, cfg.seed))
+        lists.update(data.world.report(sets, answers, opponents, cfg.seed))
         other["gold_by_use_case"] = means_by([p["use_case"] for p in sets["tests"]], lists["gold"])
         tasks, requests = data.probes["fewshot"], {"basic": "", "respectful": data.probes["respect"]}
         other["fewshot"] = {name: few_shot(model, data.enc, tasks[name]) for name in tasks}
@@ -1391,23 +1378,10 @@ def evaluate(cfg, data, models, reward_model, comparisons):
         answers[name] = question(cfg, data, name, models[name], sets)
         steps.log(answers=sum(map(len, answers[name].values())))
     opponents = dict(sft="SFT", gpt="GPT", prompted="GPT (prompted)", flan="FLAN", rival="rival GPT")
-    opponents = {key: plain(answers[name]["tests"]) for key, name in opponents.items() if name in answers}
+    opponents = {key: answers[name]["tests"] for key, name in opponents.items() if name in answers}
     others = models["GPT"], models["SFT"], reward_model, sets
     results = {name: measure(cfg, data, models[name], *others, answers[name], opponents) for name in models}
     return {"reward_model": judged, "models": results}, answers
-
-# Columns of the table: name in results.json -> its heading. Held-out: by labelers who gave no training data;
-# no noise: by gold; true: truthful and informative; KL: k1, which Eq. 2 charges.
-COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
-           "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true", "rude": "rude",
-           "hallucinates": "invents", "tax": "tax", "reward": "reward", "kl_k1": "KL", "ended": "ended"}
-
-def table(results):
-    """The results as text: a row per model, a column for what was measured."""
-    keys = [key for key in COLUMNS if key in results["GPT"]]
-    lines = [" " * 15 + "".join(f"{COLUMNS[key]:>11}" for key in keys)]
-    lines += [f"{name:15}" + "".join(f"{x[key]:11.3f}" for key in keys) for name, x in results.items()]
-    return "\n".join(lines)
 
 def on_a_line(text, ended):
     """An answer as the screen shows it; a control character is shown by its escape."""
@@ -1434,8 +1408,8 @@ class UserError(Exception):
 
 @contextmanager
 def reading(path, must):
-    """Around the reading of a file, or the opening of one to write: whatever comes up, but for a lack of
-    memory, becomes a UserError that says where (set .line), what the file must be, and what was met."""
+    """Around the reading or writing of a file: whatever comes up, but for a lack of memory, becomes a
+    UserError that says where (set .line), what the file must be, and what was met."""
     at = argparse.Namespace(line=None)                     # from 1 on; None: not one line
     try:
         yield at
@@ -1443,7 +1417,9 @@ def reading(path, must):
         if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
             raise                                          # the file may be right: main tells it
         where = path if at.line is None else f"{path}:{at.line}"
-        met = e.strerror if isinstance(e, OSError) else " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        met = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        for error in (e.__context__, e):                   # torch.save hides a full disk behind another error
+            met = error.strerror if isinstance(error, OSError) else met
         raise UserError(f"{where}: must be {must}; met {met}") from e
 
 CHECKPOINT = "a whole checkpoint (remove it, and the command that names its stage and this --out makes it)"
@@ -1455,26 +1431,22 @@ def load(path, device="cpu", peek=False):
         if not peek and z.testzip():                       # torch.load does not compare the checksums
             raise ValueError(f"a changed {z.testzip()}")
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=peek)
-        dict(checkpoint["mark" if path.endswith(".pt") else "state"])           # each of ours has them
         return {**checkpoint, "seconds": float(checkpoint["seconds"])}
 
 def save(path, x):
-    """Writes text or a checkpoint aside, onto the disk, then renames: a file is there whole or as it was.
+    """Writes text or a checkpoint aside, then renames: whatever happens, a file is there whole or as it was.
     UserError if it cannot be written."""
-    try:
-        with open(path + ".tmp", "wb") as f:
-            if isinstance(x, str):
-                f.write(x.encode())
-            else:
-                torch.save(x, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:                   # torch.save hides a full disk in a RuntimeError
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        met = e if isinstance(e, OSError) else e.__context__ or e
-        raise UserError(f"{path}: must be writable; met {met}; what was there is whole") from e
+    with reading(path, "writable (what was there is whole)"):
+        try:
+            with open(path + ".tmp", "wb") as f:
+                if isinstance(x, str):
+                    f.write(x.encode())
+                else:
+                    torch.save(x, f)
+            os.replace(path + ".tmp", path)
+        finally:
+            if os.path.exists(path + ".tmp"):
+                os.remove(path + ".tmp")
 
 def json_lines(rows):
     """Rows as the text of a file, one per line."""
@@ -1487,8 +1459,9 @@ def pack(made):
     head = "lm" if made.head is None else "scalar"
     return {"config": asdict(made.config), "head": head, "weights": made.state_dict()}
 
-def finished(cfg, stage, device):
-    """What a finished stage made: a model, frozen, or comparisons. UserError if it is not there."""
+def finished(cfg, stage, enc, device):
+    """What a finished stage made: a model, frozen, or comparisons. UserError if it is not there or does not
+    fit."""
     path = os.path.join(cfg.out, stage + ".pt")
     checkpoint = load(path, device)
     if "comparisons" in checkpoint:
@@ -1496,6 +1469,7 @@ def finished(cfg, stage, device):
     with reading(path, CHECKPOINT):
         model = GPT(GPTConfig(**checkpoint["config"]), checkpoint["head"]).to(device)
         model.load_state_dict(checkpoint["weights"])
+    check_size(path, model, cfg, enc)
     return freeze(model)
 
 LONGEST = 400_000                                # characters per line: a tokenizer fails at a million blanks
@@ -1565,10 +1539,8 @@ def conversation(prompt, answer):
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer or []
     messages = after if after[:len(before)] == before else before + after
     texts = [m["content"] for m in messages]
-    for text in texts:
-        if not isinstance(text, str) or "\0" in text or len(text) > LONGEST:
-            raise ValueError(f"{json.dumps(text)[:40]} for text")
-        text.encode()                                      # half of a surrogate pair is no text
+    if len("\n".join(texts).encode()) > LONGEST:           # half of a surrogate pair cannot be encoded
+        raise ValueError("a text too long")
     if messages[-1]["role"] != "assistant":
         return "\n".join(texts), None
     if len(texts) == 1:
@@ -1578,22 +1550,23 @@ def conversation(prompt, answer):
 def normal_form(row, kind):
     """A row of any format of its kind -> {"prompt", "responses": [texts], "ranks", "ended", "split"}. Of the
     ranks only the order counts. Fields of another kind are not read."""
-    if kind != "comparison":
-        row = {name: x for name, x in row.items() if name in ("prompt", "completion", "messages")}
-    prompt, answers = row.get("prompt"), [row.get("completion", row.get("messages"))]
     if kind == "prompt":
-        prompt, answers = row.get("prompt", row.get("messages")), [None]
-    if kind == "comparison":
-        answers = row.get("responses", [row.get("chosen"), row.get("rejected")])
-    pairs = [conversation(prompt, answer) for answer in answers]
-    responses = [] if kind == "prompt" else [response for _, response in pairs]
-    ranks = row["ranks"] if "responses" in row else [1, 2][:len(responses)]
-    ended, split = row.get("ended", [True] * len(responses)), row.get("split")
-    right = {type(x) for x in ranks} <= {int} and {type(x) for x in ended} <= {bool} and None not in responses
-    right = right and isinstance(answers, list) and len({prompt for prompt, _ in pairs}) == 1
-    if kind == "comparison":
-        right = right and len(ranks) > 1 and split in (None, "train", "valid")
-    if not right or not len(responses) == len(ranks) == len(ended):
+        row = {"prompt": row.get("prompt", row.get("messages")), "responses": [], "ranks": []}
+    elif kind == "demonstration":
+        answer = row.get("completion", row.get("messages"))
+        row = {"prompt": row.get("prompt"), "responses": [answer], "ranks": [1]}
+    elif "responses" not in row:
+        row = {**row, "responses": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
+    answers, ranks, split = row["responses"], row["ranks"], row.get("split")
+    ended = row.get("ended", [True] * len(answers))
+    pairs = [conversation(row.get("prompt"), answer) for answer in answers or [None]]
+    prompts = {prompt for prompt, _ in pairs}
+    responses = [response for _, response in pairs][:len(answers)]
+    right = (isinstance(answers, list), len(prompts) == 1, None not in responses,
+             {type(x) for x in ranks} <= {int}, {type(x) for x in ended} <= {bool},
+             len(answers) == len(ranks) == len(ended), len(ranks) > 1 or kind != "comparison",
+             split in (None, "train", "valid"))
+    if not all(right):
         raise ValueError(f"{len(responses)} responses, split {split!r}, ranks {ranks}, ended {ended}"[:99])
     order = [1 + sum(other < rank for other in ranks) for rank in ranks]
     return {"prompt": pairs[0][0], "responses": responses, "ranks": order, "ended": ended, "split": split}
@@ -1615,9 +1588,9 @@ def read_rows(cfg, enc, path, text, kind, world=None):
                 world.instruction(row["task"])             # whatever is wrong with a task comes up here
             typed = [row["prompt"]] + ([] if "ended" in given else row["responses"])           # not sampled
             whole = [text for text, ended in zip(row["responses"], row["ended"]) if ended]
-            fits = len(encode_prompt(enc, row["prompt"])) <= cfg.block_size - most
-            fits = fits and all(len(encode_response(enc, text)) <= most for text in whole)
-            if fits and all(text.strip() for text in typed):
+            fits = [len(encode_prompt(enc, row["prompt"])) <= cfg.block_size - most]
+            fits += [len(encode_response(enc, text)) <= most for text in whole]
+            if all(fits) and all(text.strip() for text in typed):
                 rows.append(row)
     told = f"{path}: {n - len(rows)} of {n} rows left out, blank or too long (--block_size, --max_new_tokens)"
     if not rows:
@@ -1642,37 +1615,34 @@ class Data:
         self.enc = enc = find_encoding(cfg.encoding or self.path("vocab.tiktoken"))
         self.remember("vocab.tiktoken", repr(enc.decode_tokens_bytes(range(enc.n_vocab))).encode())
         self.world = module_at(self.path("toyworld.py"))                        # None: your own data
-        needed = {name for stage in wanted for name in READS[stage][2].split()} - {"flan_train.jsonl"}
-        instead = {"comparisons.jsonl"} if self.world else {"rm_train.jsonl", "rm_valid.jsonl"}
-        self.needed = needed - instead - ({"pretrain.txt"} if cfg.init else set())
+        self.needed = {name for stage in wanted for name in READS[stage][2].split()} - {"flan_train.jsonl"}
+        self.needed -= {"comparisons.jsonl"} if self.world else {"rm_train.jsonl", "rm_valid.jsonl"}
+        mixed = {"ppo_ptx", "reinforce", "rlaif"} | ({"sft", "flan"} if cfg.sft_mix else set())
+        if cfg.init and not mixed & {*wanted}:
+            self.needed -= {"pretrain.txt"}
         probes = self.text("probes.json")
         with reading(self.path("probes.json"), "as toyworld.py writes it"):
             self.probes = json.loads(probes) if self.world else {}
         if cfg.init:
             check_size(cfg.init, GPT.from_gpt2(cfg.init, cfg.n_head), cfg, enc)
             self.remember("init", np.memmap(cfg.init, mode="r"))
-        demos, n = self.rows("sft_train.jsonl", "demonstration"), cfg.rm_prompts
-        public = self.rows("flan_train.jsonl", "demonstration")
-        self.demos, self.public = self.pairs(demos), self.pairs(public)
+        n, demos = cfg.rm_prompts, self.rows("sft_train.jsonl", "demonstration")
+        self.demos = self.pairs(demos)
+        self.public = self.pairs(self.rows("flan_train.jsonl", "demonstration"))
         self.rm_prompts = [{**p, "split": "train"} for p in self.rows("rm_train.jsonl", "prompt")[:n]]
         valid = self.rows("rm_valid.jsonl", "prompt")[:max(10, n // 10)]
         self.rm_prompts += [{**p, "split": "valid"} for p in valid]
         self.comparisons = self.split(self.rows("comparisons.jsonl", "comparison"))
-        self.rl_prompts = self.rows("ppo_train.jsonl", "prompt")
-        for p in self.rl_prompts:
-            p["ids"] = encode_prompt(enc, p["prompt"])
+        asked = self.rows("ppo_train.jsonl", "prompt")
+        self.rl_prompts = [{**p, "ids": encode_prompt(enc, p["prompt"])} for p in asked]
         self.tests = self.rows("test.jsonl", "prompt")
         if self.tests and not self.world:
             trained = {p["prompt"] for p in demos + self.rm_prompts + self.comparisons + self.rl_prompts}
             known = sum(p["prompt"] in trained for p in self.tests)
-            print(f"test.jsonl: {known} of {len(self.tests)} prompts stand in training files too; "
-                  f"the first {cfg.test_prompts} are asked (--test_prompts)")
+            print(f"test.jsonl: {known} of {len(self.tests)} prompts are trained on; asked: --test_prompts")
         self.tests = self.tests[:cfg.test_prompts]
         self.corpus = self.read_corpus("pretrain.txt")
         self.corpus_valid = self.read_corpus("pretrain_valid.txt")
-        mixed = {"ppo_ptx", "reinforce", "rlaif"} | ({"sft", "flan"} if cfg.sft_mix else set())
-        if not self.corpus and mixed & {*wanted}:
-            raise UserError(f"{self.path('pretrain.txt')}: must be there, but for --sft_mix 0 and ppo")
 
     def path(self, name):
         """The path of a file of the folder; that of comparisons.jsonl may come from --comparisons."""
@@ -1708,14 +1678,13 @@ class Data:
 
     def split(self, comparisons):
         """Your comparisons get their split: their own or, where none has one, every fourth prompt is held
-        out. In the toy world all of yours are to learn from: the simulated labelers' validate."""
+        out. In the toy world none has to be: the simulated labelers' validate."""
         prompts = list(dict.fromkeys(c["prompt"] for c in comparisons))
         held_out = set() if self.world or any(c["split"] for c in comparisons) else set(prompts[3::4])
         for c in comparisons:
             c["split"] = "valid" if c["prompt"] in held_out else c["split"] or "train"
-            c["split"] = "train" if self.world else c["split"]
-        for split in ("train", "valid"):
-            part = [c for c in comparisons if self.world or c["split"] == split]
+        for split in ["train"] if self.world else ["train", "valid"]:
+            part = [c for c in comparisons if c["split"] == split]
             if comparisons and not encode_comparisons(self.enc, part, self.cfg.max_new_tokens):
                 must = f"hold answers of unequal text and rank in the split {split}, so four prompts or more"
                 raise UserError(f"{self.path('comparisons.jsonl')}: must {must}; met {len(part)} without")
@@ -1753,8 +1722,7 @@ def mark_of(stage, settings, files):
 
 def difference(then, now):
     """The first thing that is not the same in two marks, in words; "" if all is."""
-    changed = [f"{name} was {then.get(name)!r}, is {x!r}" for name, x in now.items() if then.get(name) != x]
-    return changed[0] if changed else ""
+    return next((f"{k} was {then.get(k)!r}, is {x!r}" for k, x in now.items() if then.get(k) != x), "")
 
 def remembered(folder):
     """(settings, files) of a folder's last command that trained or evaluated; empty without one."""
@@ -1829,9 +1797,7 @@ def from_gpt2(path, n_head=0):
             if x.is_floating_point() and not name.endswith((".attn.bias", ".attn.masked_bias")):       # masks
                 # GPT-2's Conv1D holds (in,out), a Linear (out,in).
                 weights[name] = x.t() if name.startswith("h.") and x.ndim == 2 else x
-        with torch.device("meta"):                         # no memory, no random numbers: the file fills it
-            model = GPT(GPTConfig(vocab, len(there["wpe.weight"]), layers, heads, width, gelu="tanh"))
-        model = model.to_empty(device="cpu")
+        model = GPT(GPTConfig(vocab, len(there["wpe.weight"]), layers, heads, width, gelu="tanh"))
         model.load_state_dict(weights)                     # all of them, and in the right shapes
     print(f"{path}: {layers} layers, {heads} heads of {width // heads}, {vocab} tokens")
     return model
@@ -1865,14 +1831,12 @@ def ask(prompt):
 def read_ranking(text, K):
     """A typed ranking of K answers, best first: "3 > 1 = 4 > 2" -> [2, 4, 1, 2], the ranks of answers 1 to K:
     1 + how many are better. ValueError if it is none."""
-    ranks, better = {}, 0
-    for group in text.split(">"):
-        equal = [word.strip() for word in group.split("=")]
-        ranks.update(dict.fromkeys(equal, better + 1))
-        better += len(equal)
-    if better != K or set(ranks) != {str(i + 1) for i in range(K)}:
+    text, names, ranks = text.replace(" ", ""), [str(i + 1) for i in range(K)], {}
+    if sorted(text.replace("=", ">").split(">")) != sorted(names):
         raise ValueError(f"name each of 1 to {K} once, with > or = between them")
-    return [ranks[str(i + 1)] for i in range(K)]
+    for equal in text.split(">"):
+        ranks.update(dict.fromkeys(equal.split("="), len(ranks) + 1))
+    return [ranks[name] for name in names]
 
 def ask_ranking(K):
     """Asks until a ranking of K answers, "s" (skip) or "q" (quit) is typed: the ranks, "s" or "q"."""
@@ -1887,8 +1851,7 @@ def label(cfg, data, device):
     """You rank answers of the SFT model to those prompts of rm_train.jsonl that OUT/labels.jsonl has not yet.
     Each ranking is saved at once, as a comparison."""
     enc, path, before, done = data.enc, os.path.join(cfg.out, "labels.jsonl"), "", []
-    policy = finished(cfg, "sft", device)
-    check_size(cfg.out, policy, cfg, enc)
+    policy = finished(cfg, "sft", enc, device)
     if not data.rm_prompts:
         raise UserError(f"{data.path('rm_train.jsonl')}: must be there, with prompts")
     if os.path.exists(path):                               # its lines are kept as they are
@@ -1898,7 +1861,7 @@ def label(cfg, data, device):
     for p in [p for p in data.rm_prompts if p["split"] == "train" and p["prompt"] not in ranked]:
         asked = [encode_prompt(enc, p["prompt"])] * cfg.k_min
         answers = respond(policy, enc, asked, cfg.max_new_tokens, seed(cfg, "label", p["prompt"], device))
-        shown = list(dict.fromkeys(plain(answers)))        # each answer once
+        shown = list(dict.fromkeys((answer.text, answer.ended) for answer in answers))         # each once
         if len(shown) < 2:
             continue
         print(f"\n[{len(done) + 1}] " + p["prompt"].replace("\n", "\n    ") + "\n")
@@ -1921,13 +1884,13 @@ def label(cfg, data, device):
 
 def chat(cfg, data, device, names):
     """Models (names in the results; none: all that are there) answer typed questions greedily, side by side,
-    with reward and KL to SFT."""
+    with the reward and with k1, which Eq. 2 charges: an estimate of the KL only where answers are samples."""
     enc, room = data.enc, cfg.block_size - cfg.max_new_tokens
     there = [name for name, stage in MODELS.items() if os.path.exists(os.path.join(cfg.out, stage + ".pt"))]
-    models = {name: finished(cfg, MODELS[name], device) for name in names or there}
-    sft_model, reward_model = finished(cfg, "sft", device), finished(cfg, "rm", device)
-    check_size(cfg.out, sft_model, cfg, enc)
-    print("Ask; q quits. Reward: demonstrations are at 0; *: no end, so fixed. KL to SFT, nats per response")
+    models = {name: finished(cfg, MODELS[name], enc, device) for name in names or there}
+    sft_model = finished(cfg, "sft", enc, device)
+    reward_model = finished(cfg, "rm", enc, device)
+    print("Ask; q quits. Reward: demonstrations are at 0; *: no end, so fixed. k1: log pi/pi_SFT, nats")
     while True:
         text = ask("> ")
         if text == "q":
@@ -1938,14 +1901,13 @@ def chat(cfg, data, device, names):
             continue
         for word in data.world.unknown_words(text) if data.world else []:
             print(f"the toy world has no {word}")
-        print(f"{'reward':>15}{'KL':>7}")
+        print(f"{'reward':>15}{'k1':>7}")
         for name, model in models.items():
             answers = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=name in BASE_MODELS)
-            tokens, mask, _ = stack([ids], [answers[0].ids], device)            # (1,T), (1,T-1)
-            kl = exact_kl(model, sft_model, tokens, mask).item()
+            _, (k1,) = kl_of(model, sft_model, [ids], answers)
             reward, = scores_of(cfg, reward_model, [ids], answers)
             fixed = " " if answers[0].ended else "*"
-            print(f"{name:9}{reward:6.2f}{fixed}{kl:6.2f}  " + on_a_line(answers[0].text, answers[0].ended))
+            print(f"{name:9}{reward:6.2f}{fixed}{k1:6.2f}  " + on_a_line(answers[0].text, answers[0].ended))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1954,8 +1916,8 @@ def chat(cfg, data, device, names):
 class Run:
     """The stages of one output folder."""
 
-    def __init__(self, cfg, wanted, files, device):
-        self.cfg, self.wanted, self.files, self.device, self.seconds = cfg, wanted, files, device, {}
+    def __init__(self, cfg, wanted, data, device):
+        self.cfg, self.wanted, self.data, self.device, self.seconds = cfg, wanted, data, device, {}
 
     def stage(self, name, make, *inputs):
         """What a stage makes: loaded if it is finished, else made and saved if it is wanted, else None."""
@@ -1968,16 +1930,16 @@ class Run:
                 begun -= load(part, peek=True)["seconds"]
             made = pack(make(self.cfg, *inputs))
             seconds = time.time() - begun
-            save(path, {"mark": mark_of(name, asdict(self.cfg), self.files), "seconds": seconds, **made})
+            save(path, {"mark": mark_of(name, asdict(self.cfg), self.data.files), "seconds": seconds, **made})
             print(f"{name}: {seconds:.0f} s; {path}\n", flush=True)
         if os.path.exists(part):
             os.remove(part)
         self.seconds[name] = load(path, peek=True)["seconds"]
-        return finished(self.cfg, name, self.device)
+        return finished(self.cfg, name, self.data.enc, self.device)
 
 def run(cfg, wanted, data, device, rival):
     """Figure 2 of the paper, from left to right. wanted: names of stages; rival: another GPT or None."""
-    job, enc, world = Run(cfg, wanted, data.files, device), data.enc, data.world
+    job, enc, world = Run(cfg, wanted, data, device), data.enc, data.world
     # Step 0 and 1: a language model, which learns to follow instructions from demonstrations
     gpt = job.stage("pretrain", start_from_gpt2 if cfg.init else pretrain, enc, data.corpus, device)
     sft_model = job.stage("sft", sft, "sft", gpt, data.demos, data.corpus)
@@ -2003,13 +1965,12 @@ def run(cfg, wanted, data, device, rival):
               "PPO-ptx": job.stage("ppo_ptx", ppo, "ppo_ptx", *given, data.corpus, world),
               "REINFORCE": job.stage("reinforce", ppo, "reinforce", *given, data.corpus, world, reinforce),
               "DPO": job.stage("dpo", train_dpo, enc, sft_model, train),
-              "KTO": job.stage("kto", train_kto, enc, sft_model, train)}
+              "KTO": job.stage("kto", train_kto, enc, sft_model, train), "rival GPT": rival}
     if world:                                              # RLAIF: another labeler, the rest is the same
         judged = job.stage("judged", rank_by_gpt, enc, gpt, train, data.probes)
         rm_rlaif = job.stage("rm_rlaif", train_reward_model, "rm_rlaif", enc, sft_model, judged, data.demos)
         given = enc, sft_model, rm_rlaif, data.rl_prompts
         models["RLAIF"] = job.stage("rlaif", ppo, "rlaif", *given, data.corpus, world)
-    models["rival GPT"] = rival
     if "evaluate" in wanted:
         begun, models = time.time(), {name: model for name, model in models.items() if model is not None}
         results, answers = evaluate(cfg, data, models, reward_model, valid)
@@ -2028,8 +1989,8 @@ def report(cfg, seconds, gpt, results, shown, world):
     closing = "Nobody knows the true quality here. The reward was optimised, so it rose: read the samples."
     closing = world.claims_table(results["claims"]) if world else closing
     picture = module_at(os.path.join(HERE, "picture.py"))
-    healthy = "\n".join(picture.draw(cfg.out)) if picture else ""
-    print(f"\n{shown}\n\n{table(results['models'])}\n\n{closing}\n\n{healthy}")
+    lines = [picture.table(results["models"]), "", *picture.draw(cfg.out)] if picture else []
+    print("\n".join(["", shown, "", *lines, "", closing, ""]))
     print(f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, log.jsonl, ...")
 
 def find_device(name):
@@ -2086,13 +2047,11 @@ def check(cfg, a):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         if type(value) is not type(f.default) or type(value) is not str and not low <= value <= high:
             raise UserError(f"--{f.name}: must be {type(f.default).__name__}, {low} to {high:g}; met {value}")
-    other = not a.source or os.path.realpath(a.source) != os.path.realpath(cfg.out)
     for right, told in (
             ({*a.stages} <= {*READS, "chat", "label"}, f"{' '.join(a.stages)}: must be {', '.join(READS)}"),
             (len(a.stages) < 2 or not {"chat", "label"} & {*a.stages}, "chat and label stand alone"),
             (not a.models or a.stages == ["chat"], "--models goes with chat"),
             (not a.source or os.path.isdir(a.source), f"--from {a.source}: no such folder"),
-            (other, f"--from {a.source}: is --out; give another"),
             (cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0, "n_head must divide n_embd"),
             (cfg.k_min <= cfg.k_max, f"--k_max {cfg.k_max}: must be at least --k_min {cfg.k_min}"),
             (cfg.episodes >= cfg.minibatches, f"--minibatches {cfg.minibatches}: must be at most --episodes"),
@@ -2104,8 +2063,6 @@ def main(argv=None):
     """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake; 130 after Ctrl-C."""
     code = 2
     try:
-        if hasattr(sys.stdout, "reconfigure"):             # what a screen cannot show becomes ?
-            sys.stdout.reconfigure(errors="replace")
         torch.set_flush_denormal(True)                     # peaked softmaxes are full of denormals, and slow
         a, cfg, wanted = parse(argv)
         check(cfg, a)
@@ -2115,9 +2072,7 @@ def main(argv=None):
         elif a.stages == ["label"]:
             label(cfg, data, device)
         else:
-            rival = finished(replace(cfg, out=a.rival), "pretrain", device) if a.rival else None
-            if rival:
-                check_size(f"--rival {a.rival}", rival, cfg, data.enc)
+            rival = finished(replace(cfg, out=a.rival), "pretrain", data.enc, device) if a.rival else None
             accept(cfg, data.files, a.source)
             other = [f"{name} {x}" for name, x in asdict(cfg).items() if x != getattr(Config, name)]
             print(f"{cfg.out}: settings that are not the defaults: {', '.join(other) or 'none'}")
@@ -2137,4 +2092,5 @@ def main(argv=None):
     return code
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")               # what a screen cannot show becomes ?
     sys.exit(main())

@@ -141,7 +141,7 @@ def small_policy(enc):
 STAGES = list(ig.READS)
 TINY = ["--encoding", VOCAB] + """--smoke --n_layer 1 --n_embd 16 --pretrain_steps 24 --pretrain_batch 4
     --pretrain_lr 0.02 --sft_batch 8 --sft_lr 0.02 --sft_dropout 0.1 --rm_prompts 12 --rm_batch 4 --warmup 1
-    --iterations 3 --episodes 8 --minibatches 2 --policy_lr 0.01 --test_prompts 12 --judges 2
+    --iterations 3 --episodes 8 --minibatches 2 --policy_lr 0.01 --test_prompts 12
     --device cpu""".split()
 SMALL = ig.Config(encoding=VOCAB)
 ANIMALS = "cat dog hen cow bee owl ant pig".split()
@@ -306,11 +306,11 @@ def test_settings_come_from_flags_then_smoke_then_out_then_from_then_default(tmp
 
 FLAGS = """
 --typo 1; typo; --beta; --beta cat; --beta -1; --beta nan; --beta inf; --episodes 1.5; --episodes 0; --seed
--1; --iterations -1; --sft_lr -0.1; --pretrain_batch 0; --judges 0; --n_layer 0; --n_embd 30 --n_head 4;
+-1; --iterations -1; --sft_lr -0.1; --pretrain_batch 0; --n_layer 0; --n_embd 30 --n_head 4;
 --n_head 0; --k_min 1; --k_min 5 --k_max 4; --episodes 4 --minibatches 5; --block_size 16; --max_new_tokens
 60; --sft_mix 1; --sft_dropout 1; --ema 1.1; --lam 1.1; --temperature 0; --unfinished_score nan; --device
 typo; --ou x; --unfinished_score inf; chat sft; label evaluate; chat label; --models PPO; --models TYPO
-chat; --out typo chat; --out typo label; --from typo; --from . --out .; --out file; --out file/x"""
+chat; --out typo chat; --out typo label; --from typo.; --out file; --out file/x"""
 
 @pytest.mark.parametrize("words", FLAGS.split(";"))
 def test_bad_flags_are_one_line_and_nothing_is_written(words, home, tmp_path, monkeypatch):    # case 21
@@ -411,7 +411,7 @@ def test_section_35_copies_share_nothing_and_frozen_models_have_no_dropout():
     for name, p in lm.named_parameters():
         copy = reward_model.get_parameter(name)
         assert torch.equal(p, copy) and p.data_ptr() != copy.data_ptr()
-    assert torch.equal(weights(ig.copy_of(reward_model)), weights(reward_model))     # its head too
+    assert torch.equal(weights(ig.copy_of(reward_model, "scalar")), weights(reward_model))
     assert not torch.equal(lm(tokens), lm(tokens)) and reward_model.config.dropout == 0
     assert ig.freeze(lm) is lm and torch.equal(lm(tokens), lm(tokens)) and not lm.wte.weight.requires_grad
 
@@ -926,15 +926,11 @@ def sums(model, enc, prompt, response, ended):
     return sum(logits[len(x) - 1 + t, token].item() for t, token in enumerate(y))
 
 def first_loss(enc, folder, monkeypatch, train, stage):
-    """The first loss, with a reference that has moved so that it shows; and log pi/pi_ref of an answer."""
-    policy = small_policy(enc)
-    reference, freeze = move(deepcopy(policy), size=0.02), ig.freeze
-
-    def ours(model):
-        return reference if model is policy else freeze(model)
-    monkeypatch.setattr(ig, "freeze", ours)
-    cfg = small_config(folder)
-    train(cfg, enc, policy, COMPARED)
+    """The first loss, of a policy that has moved from the reference; and log pi/pi_ref of an answer."""
+    reference = small_policy(enc)
+    policy, cfg = move(deepcopy(reference), size=0.02), small_config(folder)
+    monkeypatch.setattr(ig, "copy_of", lambda model: deepcopy(policy).requires_grad_(True))
+    train(cfg, enc, reference, COMPARED)
 
     def ratio(c, n, prompt=None):
         answer = prompt or c["prompt"], c["responses"][n], c["ended"][n]
@@ -1170,7 +1166,7 @@ SPLIT = '{"prompt": "a", "chosen": "b", "rejected": "c", "split": %s}'
 BAD = {
     ("sft_train.jsonl", 9): [
         ('{"prompt": "a", "completion": "b"', "JSON"), ('{"prompt": "a"}', "1 responses"), ("7", "int"),
-        ("[" * 100_000, "Recursion"), (DEMO % '"\\ud83d"', "surrogates"), (DEMO % '"b\\u0000"', "u0000"),
+        ("[" * 100_000, "Recursion"), (DEMO % '"\\ud83d"', "surrogates"),
         (DEMO % "7", "int"), ('{"instruction": "a", "completion": "b"}', "prompt"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "1 responses"), ('{"messages": "a"}', "prompt"),
         (b'{"prompt": "\xff", "completion": "b"}', "utf-8"), (b'{"prompt": "a\0", "completion": "b"}', "NUL"),
@@ -1308,7 +1304,7 @@ def test_foreign_cut_and_flipped_checkpoints_are_one_line_and_never_executed(the
     path, part = there / "out" / "sft.pt", there / "out" / "sft.part"
     good, whole = path.read_bytes(), ig.load(str(path))
     foreign = [b"", b"text", pickle.dumps(Evil()), packed(Evil()), packed({"a": Evil()}), packed([1, 2]),
-               packed({**whole, "mark": 7}), packed({**whole, "config": {"n_layer": 1}}),
+               packed({**whole, "config": {"n_layer": 1}}),
                packed({**whole, "weights": {}}), good[:1], good[:5000], good[:-1]]
     for record in [x for x in ig.ZipFile(path).infolist() if x.file_size > 2000]:
         at = record.header_offset + 200 + record.file_size // 2        # one bit of each large part
@@ -1341,7 +1337,8 @@ def test_full_disk_is_one_line_and_what_was_there_is_whole(name, there):
 def test_what_is_not_trained_is_cut_by_tokens(there, monkeypatch):     # case 13
     data, hidden, seen = read_data(there / "mine")[0], ig.GPT.hidden, []
     cfg = replace(SMALL, out=str(there / "out"))
-    models = {name: ig.finished(cfg, stage, CPU) for name, stage in (("GPT", "pretrain"), ("SFT", "sft"))}
+    stages = ("pretrain", "sft", "rm")
+    gpt, sft_model, reward_model = [ig.finished(cfg, stage, data.enc, CPU) for stage in stages]
 
     def watching(self, tokens, cache=None, keep=None):
         if cache is None:
@@ -1350,7 +1347,7 @@ def test_what_is_not_trained_is_cut_by_tokens(there, monkeypatch):     # case 13
     monkeypatch.setattr(ig.GPT, "hidden", watching)
     monkeypatch.setattr(ig, "tokens_at_once", {CPU: 200}.__getitem__)
     with redirect_stdout(io.StringIO()):
-        ig.evaluate(cfg, data, models, ig.finished(cfg, "rm", CPU), data.comparisons[3::4])
+        ig.evaluate(cfg, data, {"GPT": gpt, "SFT": sft_model}, reward_model, data.comparisons[3::4])
     assert len(seen) > 50 and max(seen) <= 200
 
 def test_out_of_memory_is_one_line_that_names_the_flags(there, monkeypatch):               # case 13
@@ -1500,7 +1497,8 @@ def test_own_data_run_from_pretraining_to_results(home):
     for model in results["models"].values():
         assert {"reward", "kl", "kl_k1", "tax", "ended", "length", "pretrain_loss"} <= set(model)
         assert not {"gold", "win_vs_sft", "truthful", "bias_bits"} & set(model)
-    data, reward_model = read_data(home / "mine")[0], ig.finished(ig.Config(out=str(out)), "rm", CPU)
+    data = read_data(home / "mine")[0]
+    reward_model = ig.finished(ig.Config(out=str(out)), "rm", data.enc, CPU)
     assert abs(ig.mean(ig.score_all(reward_model, *zip(*data.demos)))) < 1e-4      # demonstrations are at 0
     assert (out / "samples.txt").read_text(encoding="utf-8").count("    PPO-ptx ") == 12
     said = (home / "said").read_text()
@@ -1571,7 +1569,7 @@ def test_few_shot_counts_exact_beginnings_and_bias_is_the_entropy_of_a_choice(en
     q = model(torch.tensor([enc.encode_ordinary("a hen lost")]))[0, -1, ids].softmax(-1)       # (2,)
     bits = ig.bias_bits(model, enc, "a ", [{"prompt": "hen lost", "choices": choices}])
     assert bits == pytest.approx(-(q * q.log2()).sum().item(), abs=1e-5)
-    answer = ig.Answer(enc.encode_ordinary(" hen cow pig"), "", False, [])
+    answer = ig.Answer(enc.encode_ordinary(" hen cow pig"), "", False)
     monkeypatch.setattr(ig, "respond", lambda *_, temperature: [answer] * 2)
     items = [{"prompt": "a", "answer": text} for text in (" hen cow", " cow")]
     assert ig.few_shot(model, enc, items) == 0.5
@@ -1639,7 +1637,7 @@ def desk(toy, tmp_path, monkeypatch):
 
 def test_label_asks_again_skips_saves_and_goes_on(desk, monkeypatch):
     texts = ["It says moo.", "It says woof.", "It says moo.", ""]
-    answers = [ig.Answer([1], text, True, [0.0]) for text in texts]
+    answers = [ig.Answer([1], text, True) for text in texts]
 
     def respond(*_):
         return answers
@@ -1657,21 +1655,20 @@ def test_label_asks_again_skips_saves_and_goes_on(desk, monkeypatch):
     assert lines_of(desk.out, "labels.jsonl")[2]["prompt"] == desk.prompts[1]   # the skipped one comes again
     assert all(prompt.split("\n")[-1] in screen for prompt in desk.prompts[3:5])
 
-def test_chat_answers_side_by_side_with_reward_and_kl(desk, enc):
+def test_chat_answers_side_by_side_with_reward_and_k1(desk, enc):
     typed = ["What does a fox say?", "", "cow " * 60, "What does a cow say?", "q"]
     code, screen, error = desk.use("chat", typed, "--models", "GPT", "SFT", "PPO")
     assert code == 0 and error == "" and screen.count("1 to 46 tokens") == 2 and screen.count("no fox") == 1
     lines = [line for line in screen.splitlines() if line.startswith(("GPT ", "SFT ", "PPO "))]
     assert [line[:3] for line in lines] == ["GPT", "SFT", "PPO"] * 2
     cfg, prompt = ig.Config(out=str(desk.out)), ig.encode_prompt(enc, typed[3])
-    policy, reference, judge = [ig.finished(cfg, stage, "cpu") for stage in ("ppo", "sft", "rm")]
+    policy, reference, judge = [ig.finished(cfg, stage, enc, "cpu") for stage in ("ppo", "sft", "rm")]
     ids, _ = slow_rollout(policy, prompt, [0.5] * 16, enc.eot_token, 0)
-    p, q = [model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].log_softmax(-1)
-            for model in (policy, reference)]
+    k1 = ig.kl_k1(*[ig.response_logprobs(model, [prompt], [ids]) for model in (policy, reference)]).item()
     ended = ids[-1] == enc.eot_token
     reward = judge(torch.tensor([prompt + ids]))[0, -1].item() if ended else -1.0
     assert float(lines[-1][9:15]) == pytest.approx(reward, abs=0.006)
-    assert float(lines[-1][16:22]) == pytest.approx((p.exp() * (p - q)).sum().item(), abs=0.006)
+    assert float(lines[-1][16:22]) == pytest.approx(k1, abs=0.006)
     assert lines[-1][24:] == ig.on_a_line(ig.decode_response(enc, ids), ended)
     assert (lines[-1][15] == "*") != ended
     os.remove(desk.out / "rm.pt")
@@ -1728,7 +1725,7 @@ def test_every_setting_is_a_flag_with_help_and_marks_a_stage_or_is_known_not_to(
         ig.main(["--help"])
     told, names = "".join(capsys.readouterr().out.split()), {f.name for f in fields(ig.Config)}
     read_by_stages = set(" ".join(settings for _, settings, _ in ig.READS.values()).split())
-    elsewhere = "out data comparisons device save_every init encoding test_prompts judges".split()
+    elsewhere = "out data comparisons device save_every init encoding test_prompts".split()
     assert names - read_by_stages == set(elsewhere) and read_by_stages | set(ig.SMOKE) <= names
     for f in fields(ig.Config):
         assert f"--{f.name}" in told and "".join(f.metadata["help"].split()) in told, f.name
@@ -1823,8 +1820,7 @@ def test_course_judge_names_wrong_versions_and_a_nan_and_is_green_for_the_true_o
     exercise, truth = course.EXERCISES["policy_loss"], course.true_source()
     path, wrong = os.path.join(student, "instructgpt.py"), exercise.wrong[1]
     source, right = course.read(path), course.text_of(truth, "policy_loss")
-    safe = "zero_outside(mask, logprobs), zero_outside(mask, old_logprobs)"
-    both = [text.replace(safe, "logprobs, old_logprobs")
+    both = [re.sub(r"zero_outside\(mask, (\w*logprobs)\)", r"\1", text)
             for text in (right, course.wrong_text(truth, exercise, wrong))]
     for text, code, *told in ((course.text_of(source, "policy_loss"), 1, "red    policy_loss is still empty"),
                               (both[0], 1, "tests fail", "a NaN or inf behind"),
@@ -1966,9 +1962,8 @@ def test_section_34_labelers_agree_as_often_as_the_papers():
 def test_kl_of_answers_is_summed_over_their_tokens():
     policy, reference = tiny(), tiny(seed=5)
     r = ig.rollout(policy, PROMPTS, 6, EOS, 1.0, seeded(3))
-    rows = zip(r.responses(), r.logprobs, r.mask)
-    answers = [ig.Answer(ids, "", True, row[mask].tolist()) for ids, row, mask in rows]
-    k3, k1 = ig.kl_of(reference, PROMPTS, answers)
+    answers = [ig.Answer(ids, "", True) for ids in r.responses()]
+    k3, k1 = ig.kl_of(policy, reference, PROMPTS, answers)
     ref = ig.token_logprobs(reference, r.tokens).masked_fill(~r.mask, 0)
     near(torch.tensor(k1), (r.logprobs - ref).sum(1))
     near(torch.tensor(k3), ig.kl_k3(r.logprobs, ref).sum(1))

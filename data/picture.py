@@ -1,7 +1,7 @@
-"""The picture of a finished run, and the band of healthy runs. Python alone is enough.
+"""The table and the picture of a finished run, and the band of healthy runs. Python alone is enough.
 
-    python data/picture.py OUT                     reads OUT/results.json and OUT/log.jsonl,
-                                                   writes OUT/picture.svg
+    python data/picture.py OUT                     reads OUT/results.json and OUT/log.jsonl, prints the
+                                                   table and writes OUT/picture.svg
     python data/picture.py --reference OUT1 OUT2   writes data/reference.json from the logs of these runs
 
 With data/reference.json the first command also says whether the RL stages stay inside the band of healthy
@@ -111,7 +111,7 @@ def reference_of(histories):
     stages = {}
     for stage in COMPARED:
         names = {name for row in histories[0] if row["stage"] == stage for name in row}
-        for name in sorted(names - {"stage", "step", "tok/s"}):
+        for name in sorted(names - {"stage", "step"}):
             runs = [dict(curve(history, stage, "step", name)) for history in histories]
             rows = []
             for step in sorted(set.intersection(*[set(run) for run in runs]))[REACH::EVERY]:
@@ -211,6 +211,27 @@ def write_reference(folders):
     reference = {"seeds": seeds, "settings": settings, **reference_of(histories)}
     with open(REFERENCE, "w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(reference, separators=(",", ":")) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table: name in results.json -> heading of its column. Held-out: by labelers who gave no training data; no
+# noise: by gold; true: truthful and informative; KL: k1, which Eq. 2 charges.
+
+COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
+           "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true", "rude": "rude",
+           "hallucinates": "invents", "tax": "tax", "reward": "reward", "kl_k1": "KL", "ended": "ended"}
+
+
+def table(models):
+    """results.json's models as text: a row each, a column for what was measured."""
+    models = {name: model for name, model in models.items() if isinstance(model, dict)}
+    keys = [key for key in COLUMNS if any(number(model, key) is not None for model in models.values())]
+    lines = [" " * 15 + "".join(f"{COLUMNS[key]:>11}" for key in keys)]
+    for name, model in models.items():
+        cells = [number(model, key) for key in keys]
+        cells = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+        lines.append(f"{name:15}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -512,8 +533,10 @@ def main():
             write_reference(choice.folders)
             print(f"wrote {REFERENCE}")
         else:
-            lines = draw(choice.folders[0])
-            print("; ".join([f"wrote {os.path.join(choice.folders[0], 'picture.svg')}", *lines]))
+            out = choice.folders[0]
+            lines = draw(out)
+            print(table(read_json(os.path.join(out, "results.json"), "models")["models"]) + "\n")
+            print("\n".join([*lines, f"wrote {os.path.join(out, 'picture.svg')}"]))
     except (OSError, ValueError) as error:
         print(f"picture.py: {error}", file=sys.stderr)
         return 2

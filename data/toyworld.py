@@ -824,6 +824,11 @@ def gold(merits):
     return 1 + sum(weight * feature for weight, feature in zip(WEIGHTS.values(), features(merits)))
 
 
+def golds(prompts, texts, ended):
+    """The true quality of one response to each prompt."""
+    return [gold(check(prompt["task"], *given)) for prompt, *given in zip(prompts, texts, ended)]
+
+
 @dataclass(frozen=True)
 class Labeler:
     """One person."""
@@ -1251,6 +1256,7 @@ def make_probes():
 # The people at work: who ranks, who reports, who is compared with you. instructgpt.py calls these.
 
 ASKED = {"truth": 4, "toxic": 2, "respectful": 2}    # how often each probe is asked; one answer is chance
+JUDGES = 5                                           # labelers per pair of answers; most of the paper's: 1
 
 
 def mean(numbers):
@@ -1308,16 +1314,16 @@ def per_probe(values, times):
     return [mean(values[i::probes]) for i in range(probes)]
 
 
-def preferred(group, judges, tasks, mine, theirs, rng):
-    """Per prompt the share of `judges` labelers of the group who prefer my answer to theirs; ties count
-    half. Answers are (text, ended)."""
+def preferred(group, tasks, mine, theirs, rng):
+    """Per prompt the share of JUDGES labelers of the group who prefer my answer to theirs; ties count
+    half. An answer has a text and says whether it ended."""
     people = make_labelers(group)
     wins = []
-    for task, my_answer, their_answer in zip(tasks, mine, theirs):
-        merits = [check(task, *my_answer), check(task, *their_answer)]
-        texts = [my_answer[0], their_answer[0]]
+    for task, *answers in zip(tasks, mine, theirs):
+        merits = [check(task, answer.text, answer.ended) for answer in answers]
+        texts = [answer.text for answer in answers]
         votes = []
-        for labeler in rng.sample(people, judges):
+        for labeler in rng.sample(people, JUDGES):
             my_rank, their_rank = rank(labeler, merits, texts, rng)
             votes.append(win(my_rank, their_rank))
         wins.append(mean(votes))
@@ -1328,9 +1334,9 @@ def better_gold(tasks, mine, theirs):
     """The same by gold alone, free of noise. What differs by rounding alone is a tie."""
     wins = []
     for task, my_answer, their_answer in zip(tasks, mine, theirs):
-        my_gold = round(gold(check(task, *my_answer)), 6)
-        their_gold = round(gold(check(task, *their_answer)), 6)
-        wins.append(win(-my_gold, -their_gold))
+        my_gold = gold(check(task, my_answer.text, my_answer.ended))
+        their_gold = gold(check(task, their_answer.text, their_answer.ended))
+        wins.append(win(-round(my_gold, 6), -round(their_gold, 6)))
     return wins
 
 
@@ -1338,8 +1344,8 @@ def likert_ratings(merits, answers, rng):
     """Per prompt the overall rating of one training labeler."""
     people = make_labelers("train")
     ratings = []
-    for verdict, (text, _) in zip(merits, answers):
-        ratings.append(float(likert(rng.choice(people), verdict, text, rng)))
+    for verdict, answer in zip(merits, answers):
+        ratings.append(float(likert(rng.choice(people), verdict, answer.text, rng)))
     return ratings
 
 
@@ -1352,10 +1358,10 @@ def examples(tests):
     return list(first.values())[:6]
 
 
-def report(sets, answers, opponents, judges, seed):
+def report(sets, answers, opponents, seed):
     """What labelers and checker say about one model -> {measure: a list of floats, one per prompt or probe}.
 
-    sets: those of `question_sets`. answers: set -> (text, ended) of each prompt. opponents: name -> their
+    sets: those of `question_sets`. answers: set -> the answer to each prompt. opponents: name -> their
     answers to the tests; "sft" is one of them. Each measure draws from a generator of its own, so none
     depends on the other opponents."""
     tasks = [prompt["task"] for prompt in sets["tests"]]
@@ -1363,14 +1369,15 @@ def report(sets, answers, opponents, judges, seed):
     measures = {}
     for name, theirs in opponents.items():
         rng = random.Random(f"{seed} win_vs_{name}")
-        measures[f"win_vs_{name}"] = preferred("train", judges, tasks, mine, theirs, rng)
+        measures[f"win_vs_{name}"] = preferred("train", tasks, mine, theirs, rng)
     rng = random.Random(f"{seed} win_vs_sft_heldout")
-    measures["win_vs_sft_heldout"] = preferred("heldout", judges, tasks, mine, opponents["sft"], rng)
+    measures["win_vs_sft_heldout"] = preferred("heldout", tasks, mine, opponents["sft"], rng)
     measures["win_vs_sft_gold"] = better_gold(tasks, mine, opponents["sft"])
 
     merits = {}
     for name, prompts in sets.items():
-        merits[name] = [check(prompt["task"], *given) for prompt, given in zip(prompts, answers[name])]
+        pairs = zip(prompts, answers[name])
+        merits[name] = [check(prompt["task"], answer.text, answer.ended) for prompt, answer in pairs]
     tests = merits["tests"]
     measures["likert"] = likert_ratings(tests, mine, random.Random(f"{seed} likert"))
     measures["gold"] = [gold(verdict) for verdict in tests]
