@@ -9,9 +9,9 @@ feedback" (arXiv 2203.02155), from pretraining to the results, on a toy world th
     python instructgpt.py dpo kto evaluate                    these neighbours too, in the same table
     python instructgpt.py label                               you rank answers of the SFT model
     python instructgpt.py chat --models GPT SFT PPO-ptx       they answer your questions side by side
-    python instructgpt.py --device cuda --out out_gpu         on a GPU (the default where there is one)
 
-Stop it whenever you like: the same command goes on where it was. A folder remembers its settings.
+It takes a CUDA GPU if there is one, else the CPU. Stop it whenever you like: the same command goes on
+where it was. A folder remembers its settings.
 
 Read it beside the paper, top to bottom; you can stop after each section:
 
@@ -954,7 +954,8 @@ def normalise_reward(reward_model, demos):
 # costs skills that pretraining gave, the "alignment tax" (4.2). The mix gives most of them back; a larger
 # beta does not (Fig. 34).
 #
-# Four networks: policy pi and value net V are trained; reference pi_SFT and reward model r are frozen.
+# Four networks: policy pi and value net V are trained; the reference pi_SFT, which is the SFT model itself,
+# and the reward model r are frozen.
 
 @dataclass
 class Experience(Rollout):

@@ -1705,6 +1705,9 @@ def test_picture_of_a_run_and_of_own_data(toy, home):
     svg = read(home, "out", "picture.svg")                             # own data have no gold
     assert "Reward against KL" in svg and "gold" not in svg and "Preferred" not in svg
     ElementTree.fromstring(picture.picture({"models": {}}, []))
+    head, *rows = picture.table({"GPT": {"gold": 3.0}, "SFT": {"win_vs_sft": 0.5, "gold": 4}}).splitlines()
+    assert [row.split() for row in rows] == [["GPT", "3.000"], ["SFT", "0.500", "4.000"]]
+    assert head.split() == "over SFT gold 1-7".split() and rows[0].index("3.0") == rows[1].index("4.0")
 
 def test_each_healthy_run_lies_inside_the_band_of_the_others():
     reference = picture.read_json(picture.REFERENCE, "settings", "stages")
@@ -1798,7 +1801,7 @@ def in_folder(folder, *words):
     return done.returncode, done.stdout + done.stderr
 
 def test_course_student_keeps_signatures_and_docstrings_and_runs_to_the_first_hole(student):
-    source, truth = course.read(os.path.join(student, "instructgpt.py")), course.true_source()
+    source, truth = read(student, "instructgpt.py"), course.true_source()
     first, *others, last = course.EXERCISES
     assert len(others) >= 18 and (first, last) == ("stack", "train_dpo")
     for x in course.EXERCISES.values():
@@ -1818,8 +1821,8 @@ def test_course_student_keeps_signatures_and_docstrings_and_runs_to_the_first_ho
 
 def test_course_judge_names_wrong_versions_and_a_nan_and_is_green_for_the_true_one(student):
     exercise, truth = course.EXERCISES["policy_loss"], course.true_source()
-    path, wrong = os.path.join(student, "instructgpt.py"), exercise.wrong[1]
-    source, right = course.read(path), course.text_of(truth, "policy_loss")
+    path, wrong = course.Path(student, "instructgpt.py"), exercise.wrong[1]
+    source, right = read(path), course.text_of(truth, "policy_loss")
     both = [re.sub(r"zero_outside\(mask, (\w*logprobs)\)", r"\1", text)
             for text in (right, course.wrong_text(truth, exercise, wrong))]
     for text, code, *told in ((course.text_of(source, "policy_loss"), 1, "red    policy_loss is still empty"),
@@ -1827,7 +1830,7 @@ def test_course_judge_names_wrong_versions_and_a_nan_and_is_green_for_the_true_o
                               (both[1], 1, "tests fail", "a NaN or inf", "yours equals", wrong.title),
                               (right, 0, "green  policy_loss: its tests pass\n"),
                               ("def policy_loss(:", 1, "red    instructgpt.py, line ")):
-        course.write(path, course.with_texts(source, {"policy_loss": text}))
+        path.write_text(course.with_texts(source, {"policy_loss": text}), encoding="utf-8")
         verdict = in_folder(student, "data/course.py", "judge", "policy_loss")
         assert verdict[0] == code and all(words in verdict[1] for words in told), verdict
         assert ("yours equals" in verdict[1]) == ("yours equals" in told)
@@ -1838,9 +1841,9 @@ def test_course_mistakes_to_be_found_are_in_the_file_alone_and_are_revealed(tmp_
         exercise, wrong, sign = course.planted(n)
         assert course.main(["student", "--break", str(n), "--out", str(tmp_path / str(n))]) == 0
         assert sorted(os.listdir(tmp_path / str(n))) == ["MISTAKE.md", "data", "instructgpt.py"]
-        source = course.read(tmp_path / str(n) / "instructgpt.py")
+        source = read(tmp_path, n, "instructgpt.py")
         assert source == course.with_texts(truth, {exercise.name: course.wrong_text(truth, exercise, wrong)})
-        assert exercise.name not in course.read(tmp_path / str(n) / "MISTAKE.md")
+        assert exercise.name not in read(tmp_path, n, "MISTAKE.md")
         capsys.readouterr()
         assert course.main(["student", "--reveal", str(n)]) == 0
         assert wrong.title in capsys.readouterr().out and len(sign) > 100

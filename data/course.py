@@ -15,36 +15,26 @@ from the true one. The true one travels in data/course_solution.bin, packed.
 import argparse
 import ast
 import copy
-import functools
 import inspect
 import io
+import itertools
 import os
 import re
 import shutil
 import sys
 import tempfile
 import textwrap
-import types
 import zlib
-from base64 import b64decode, b64encode
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, is_dataclass
+from functools import lru_cache
+from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-SCRIPT, TESTS = "instructgpt.py", "test_instructgpt.py"
-SOLUTION = os.path.join(HERE, "course_solution.bin")
-
-
-def read(path):
-    with open(path, encoding="utf-8") as f:
-        return f.read()
-
-
-def write(path, text):
-    with open(path, "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
+DATA = Path(__file__).resolve().parent
+ROOT = DATA.parent
+SCRIPT, TESTS, SOLUTION = "instructgpt.py", "test_instructgpt.py", "course_solution.bin"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -87,7 +77,7 @@ def read_exercises(text):
     return exercises
 
 
-parts = re.split(r"^== (.+) ==\n", read(os.path.join(HERE, "course.txt")), flags=re.M)
+parts = re.split(r"^== (.+) ==\n", (DATA / "course.txt").read_text(encoding="utf-8"), flags=re.M)
 TEXTS = {name: text.strip("\n") for name, text in zip(parts[1::2], parts[2::2])}
 EXERCISES = read_exercises(TEXTS["exercises"])
 PLANTED = re.split(r"\n(?! )", TEXTS["planted mistakes"])
@@ -107,12 +97,12 @@ def planted(number):
 
 def true_source():
     """The true instructgpt.py: unpacked in a student's folder, else the file beside data/."""
-    if os.path.exists(SOLUTION):
-        return zlib.decompress(b64decode(read(SOLUTION))).decode()
-    return read(os.path.join(ROOT, SCRIPT))
+    if (DATA / SOLUTION).exists():
+        return zlib.decompress((DATA / SOLUTION).read_bytes()).decode()
+    return (ROOT / SCRIPT).read_text(encoding="utf-8")
 
 
-parsed = functools.lru_cache(maxsize=8)(ast.parse)
+parsed = lru_cache(maxsize=8)(ast.parse)
 
 
 def node_of(source, name):
@@ -181,26 +171,20 @@ def filled(source, key):
 # Versions of a function are told apart by their answers. The questions are the calls that the tests make.
 
 
-def function_of(ig, exercise):
-    """The function itself, without what its decorators put around it."""
-    found = ig
-    for part in exercise.name.split("."):
-        found = getattr(found, part)
-    return inspect.unwrap(found)
-
-
 def compiled(ig, text):
     """A function of the module, made of another text."""
     scope = {}
     exec(compile(textwrap.dedent(text), "course", "exec"), vars(ig), scope)
-    function, = scope.values()
-    return function
+    return scope.popitem()[1]
 
 
 @contextmanager
 def swapped(ig, exercise, text):
     """While this lasts, the exercise's function runs this text; whoever holds the function sees it too."""
-    function = function_of(ig, exercise)
+    function = ig
+    for part in exercise.name.split("."):
+        function = getattr(function, part)
+    function = inspect.unwrap(function)                    # without what its decorators put around it
     true, function.__code__ = function.__code__, compiled(ig, text).__code__
     try:
         yield
@@ -212,10 +196,7 @@ def twins(torch, given):
     """Copies of a call's arguments, as a version may change what it gets; and those to take gradients of."""
     copies, leaves, memo = [], [], {}
     for x in given:
-        if isinstance(x, torch.Generator):
-            copies.append(torch.Generator(x.device))
-            copies[-1].set_state(x.get_state())
-        elif isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+        if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
             leaves.append(x.detach().clone().requires_grad_())
             copies.append(leaves[-1] * 1)                  # no leaf: it may be changed in place
         else:
@@ -233,11 +214,9 @@ def flat(ig, x):
     elif isinstance(x, ig.torch.optim.Optimizer):
         x = [x.param_groups[0].get(name) for name in ("lr", "betas", "eps", "weight_decay")]
     elif is_dataclass(x) or type(x).__module__ == ig.__name__:
-        x = [value for name, value in vars(x).items() if name != "tokens_per_second"]
+        x = list(vars(x).values())
     elif isinstance(x, dict):
         x = [x[name] for name in sorted(x)]
-    elif isinstance(x, list) and {type(item) for item in x} == {int}:
-        x = ig.torch.tensor(x)
     if isinstance(x, (list, tuple)):
         return [part for item in x for part in flat(ig, item)]
     return [ig.torch.as_tensor(x).detach().double()] if isinstance(x, (ig.torch.Tensor, int, float)) else []
@@ -288,20 +267,25 @@ def alike(mine, theirs):
     return True
 
 
-@dataclass
-class Answers:
-    """Per version of a function, by its title, an answer to each call; and which calls held a NaN or inf."""
-    by: dict
-    odd: list
+def compare(ig, exercise, texts, items):
+    """Runs these tests with the true version. Whenever they call it, all versions, {title: text}, answer.
+    -> [(whether the call holds a NaN or inf, {title: answer}), ...]."""
+    versions, calls = {title: compiled(ig, text) for title, text in texts.items()}, []
 
-    def same(self, title, safe=False):
-        """The titles of all versions that answer as this one does; safe: to calls that are not odd."""
-        calls = [n for n, odd in enumerate(self.odd) if not (safe and odd)]
-        mine = self.by[title]
-        if not calls:
-            return []
-        return [other for other, theirs in self.by.items() if other != title
-                and all(alike(mine[n], theirs[n]) for n in calls)]
+    def asked(*given):
+        odd = not all(bool(x.isfinite().all()) for x in flat(ig, list(given)))
+        calls.append((odd, {title: answer(ig, exercise, f, given) for title, f in versions.items()}))
+        return versions["true"](*given)
+    ig.course_asked = asked
+    with swapped(ig, exercise, calling(true_source(), exercise, "course_asked")):
+        failures_of(items)
+    return calls
+
+
+def same(calls, title):
+    """The titles of the versions that answer all these calls as this one does; none, if there is no call."""
+    others = [other for other in calls[0][1] if other != title] if calls else []
+    return [other for other in others if all(alike(by[title], by[other]) for _, by in calls)]
 
 
 def versions_of(source, exercise):
@@ -310,44 +294,24 @@ def versions_of(source, exercise):
             **{wrong.title: wrong_text(source, exercise, wrong) for wrong in exercise.wrong}}
 
 
-def compare(ig, exercise, texts, items):
-    """Runs these tests with the true version. Whenever they call it, all versions answer. -> Answers."""
-    versions = {title: compiled(ig, text) for title, text in texts.items()}
-    found = Answers({title: [] for title in texts}, [])
-
-    def asked(*given):
-        for title, version in versions.items():
-            found.by[title].append(answer(ig, exercise, version, given))
-        found.odd.append(not all(bool(x.isfinite().all()) for x in flat(ig, list(given))))
-        return versions["true"](*given)
-    ig.course_asked = asked
-    with swapped(ig, exercise, calling(true_source(), exercise, "course_asked")):
-        failures_of(items)
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The judge
 
 
-class Plugin:
-    """For pytest: in place of running the tests it collected, hands them and the script to `work`."""
-
-    def __init__(self, work):
-        self.work = work
-
-    def pytest_runtestloop(self, session):
-        self.work(sys.modules["instructgpt"], session.items)
-        return True
-
-
 def with_tests(folder, work, tracebacks):
-    """The tests of a folder are collected and handed to `work`. -> What was printed."""
+    """The tests of a folder are collected and, in place of being run, handed to `work` with the script.
+    -> What was printed."""
     import pytest
+
+    def pytest_runtestloop(session):
+        work(sys.modules["instructgpt"], session.items)
+        return True
+    plugin = SimpleNamespace(pytest_runtestloop=pytest_runtestloop)
     os.chdir(folder)
-    sys.path.insert(0, folder)
+    sys.path.insert(0, str(folder))
     with redirect_stdout(io.StringIO()) as said:
-        pytest.main(["-q", "--tb=" + tracebacks, "-p", "no:cacheprovider", TESTS], plugins=[Plugin(work)])
+        pytest.main(["-q", "--tb=" + tracebacks, "-p", "no:cacheprovider", TESTS], plugins=[plugin])
+    os.chdir(ROOT)
     return said.getvalue()
 
 
@@ -372,71 +336,64 @@ def failures_of(items, stop=False):
     return told
 
 
-def opinions(exercise, answers):
+def opinions(exercise, calls):
     """What the answers of "yours" say, as lines; none for those of the true version."""
-    versions, lines = answers.same("yours"), []
-    if not versions and answers.same("yours", safe=True):
-        versions = answers.same("yours", safe=True)
-        lines.append("a NaN or inf behind the mask comes through: set inputs to 0 there before the rest")
+    versions, lines = same(calls, "yours"), []
+    if not versions:
+        versions = same([call for call in calls if not call[0]], "yours")
+        if versions:
+            lines.append("a NaN or inf behind the mask comes through: set inputs to 0 there before the rest")
     for wrong in exercise.wrong:
         if wrong.title in versions:
             lines.append(f"yours equals the version that {wrong.title}\n       (seen in: {wrong.source})")
     return lines
 
 
-def judge(exercise):
-    """Prints the verdict on one function of the file beside data/. True for green."""
-    mine, truth, found = read(os.path.join(ROOT, SCRIPT)), true_source(), []
+def judge(keys):
+    """The verdict on one function of the file beside data/: whether it is green, and lines that say why."""
+    exercise, = [EXERCISES[key] for key in keys]
+    mine, truth, found = (ROOT / SCRIPT).read_text(encoding="utf-8"), true_source(), []
     try:
         source = filled(mine, exercise.key)
     except SyntaxError as error:
-        print(f"red    {SCRIPT}, line {error.lineno}: {error.msg}")
-        return False
+        return False, [f"{SCRIPT}, line {error.lineno}: {error.msg}"]
     if f"exercise {exercise.key}:" in text_of(mine, exercise.name):
-        print(f"red    {exercise.key} is still empty")
-        return False
+        return False, [f"{exercise.key} is still empty"]
 
     def work(ig, items):
         items, texts = tests_of(exercise, items), versions_of(truth, exercise)
         found.append((failures_of(items), len(items)))
         found.append(compare(ig, exercise, {**texts, "yours": text_of(mine, exercise.name)}, items))
     with tempfile.TemporaryDirectory() as folder:
-        write(os.path.join(folder, SCRIPT), source)
-        shutil.copy(os.path.join(ROOT, TESTS), folder)
-        copy_data(folder)
+        copy_files(folder, source)
+        shutil.copy(ROOT / TESTS, folder)
         said = with_tests(folder, work, "short")
-        os.chdir(ROOT)
     if len(found) < 2:                                     # the file cannot even be imported
-        print(f"{said}\nred    {exercise.key}: the tests do not begin")
-        return False
-    (failures, count), lines = found[0], opinions(exercise, found[1])
+        return False, [f"{exercise.key}: the tests do not begin", said]
+    (failures, count), calls = found
+    lines = opinions(exercise, calls)
     green = not failures and not lines
-    if green and not found[1].same("yours"):
+    if green and not same(calls, "yours"):
         lines = ["It does not give quite the numbers of the file's own, but nothing asks for these."]
     verdict = f"{len(failures)} of its {count} tests fail" if failures else "its tests pass"
-    print(f"{'green' if green else 'red':6} {exercise.key}: {verdict}")
-    for line in lines:
-        print(f"       {line}")
-    for failure in failures[:1]:
-        print(f"\nThe first that fails: {failure}")
-    return green
+    lines += [f"\nThe first that fails: {failure}" for failure in failures[:1]]
+    return green, [f"{exercise.key}: {verdict}"] + lines
 
 
 def zeros(torch, x):
     """A result as zeros."""
-    if isinstance(x, torch.nn.Module):
-        for p in x.parameters():
-            p.data.zero_()
-        return x
-    if isinstance(x, torch.optim.Optimizer):
-        x.param_groups[0].update(lr=0.0, betas=(0.0, 0.0))
-        return x
     if is_dataclass(x):
         return type(x)(**zeros(torch, vars(x)))
     if isinstance(x, dict):
         return {name: zeros(torch, value) for name, value in x.items()}
     if isinstance(x, (list, tuple)):
         return type(x)([zeros(torch, item) for item in x])
+    if isinstance(x, torch.nn.Module):
+        x.load_state_dict(zeros(torch, x.state_dict()))
+        return x
+    if isinstance(x, torch.optim.Optimizer):
+        x.param_groups[0].update(lr=0.0, betas=(0.0, 0.0))
+        return x
     return torch.zeros_like(x) if isinstance(x, torch.Tensor) else type(x)(0)
 
 
@@ -453,30 +410,26 @@ def empty_versions(ig, exercise, source):
 
 
 def check(keys):
-    """Every bad version is red and answers as no other. Prints what is not so; True if all is well."""
-    source, complaints, count = true_source(), [], 0
+    """Every bad version is red and answers as no other. -> (whether it is so, lines that say what is not)."""
+    source, lines, count = true_source(), [], 0
 
     def work(ig, items):
         nonlocal count
         for exercise in [EXERCISES[key] for key in keys]:
             mine, texts = tests_of(exercise, items), versions_of(source, exercise)
             texts |= empty_versions(ig, exercise, source)
-            answers = compare(ig, exercise, texts, mine)
+            calls = compare(ig, exercise, texts, mine)
             for title, text in texts.items():
                 with swapped(ig, exercise, text):
                     green = not failures_of(mine, stop=True)
                 if green != (title == "true"):
-                    complaints.append(f"{exercise.key}: the tests are {'green' if green else 'red'}: {title}")
-                if answers.same(title):
-                    complaints.append(f"{exercise.key}: {title} answers as {answers.same(title)}")
+                    lines.append(f"{exercise.key}: the tests are {'green' if green else 'red'}: {title}")
+                if same(calls, title):
+                    lines.append(f"{exercise.key}: {title} answers as {same(calls, title)}")
                 count += title != "true"
     said = with_tests(ROOT, work, "native")
-    if not count:
-        print(said)
-    for line in complaints:
-        print(line)
-    print(f"{len(keys)} exercises, {count} bad versions, {len(complaints)} complaints")
-    return count > 0 and not complaints
+    told = f"{len(keys)} exercises, {count} bad versions, {len(lines)} complaints"
+    return count > 0 and not lines, lines + [told if count else said]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -491,19 +444,21 @@ def overview(keys):
     return "\n".join(rows)
 
 
-def copy_data(folder):
-    shutil.copytree(HERE, os.path.join(folder, "data"), ignore=shutil.ignore_patterns("__pycache__"))
+def copy_files(folder, source):
+    """The script and data/."""
+    (Path(folder) / SCRIPT).write_text(source, encoding="utf-8", newline="\n")
+    shutil.copytree(DATA, Path(folder) / "data", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def write_folder(folder, source, name, guide):
-    """What every student's folder has: the script, data/ and a text that says what to do."""
+    """What every student's folder has: the script, data/ and a text that says what to do. -> Its path."""
     if os.path.exists(folder):
         raise SystemExit(f"{folder} is there already: --out names another folder")
     os.makedirs(folder)
-    write(os.path.join(folder, SCRIPT), source)
-    write(os.path.join(folder, name), guide + "\n")
-    copy_data(folder)
-    print(f"{folder} is written; read {os.path.join(folder, name)}")
+    copy_files(folder, source)
+    (Path(folder) / name).write_text(guide + "\n", encoding="utf-8", newline="\n")
+    print(f"{folder} is written; read {Path(folder) / name}")
+    return Path(folder)
 
 
 def student(keys, folder):
@@ -512,18 +467,17 @@ def student(keys, folder):
     source = with_texts(truth, {EXERCISES[key].name: hole(truth, EXERCISES[key]) for key in keys})
     count = "one function is empty" if len(keys) == 1 else f"{len(keys)} functions are empty"
     guide = TEXTS["EXERCISES.md"].format(empty=count, first=keys[0], table=overview(keys))
-    write_folder(folder, source, "EXERCISES.md", guide)
-    shutil.copy(os.path.join(ROOT, TESTS), folder)
-    packed = b64encode(zlib.compress(truth.encode(), 9)).decode()
-    write(os.path.join(folder, "data", os.path.basename(SOLUTION)), packed)
+    folder = write_folder(folder, source, "EXERCISES.md", guide)
+    shutil.copy(ROOT / TESTS, folder)
+    (folder / "data" / SOLUTION).write_bytes(zlib.compress(truth.encode(), 9))
 
 
 def student_with_mistake(number, folder):
     """Writes the folder with one wrong function, without tests, which would name it."""
     source, (exercise, wrong, _) = true_source(), planted(number)
     source = with_texts(source, {exercise.name: wrong_text(source, exercise, wrong)})
-    guide = TEXTS["MISTAKE.md"].format(healthy=TEXTS["a healthy run"], number=number)
-    write_folder(folder, source, "MISTAKE.md", guide)
+    write_folder(folder, source, "MISTAKE.md",
+                 TEXTS["MISTAKE.md"].format(healthy=TEXTS["a healthy run"], number=number))
 
 
 def reveal(number):
@@ -574,48 +528,49 @@ def kl_rows(torch, length, gap, seed):
 def show_kl():
     import torch
     print(TEXTS["before the KL table"] + "\n")
-    for length, gap, told in ((1, 0.3, "1 token,  pi near pi_ref"), (1, 2.0, "1 token,  pi far from it"),
-                              (2, 0.3, "2 tokens, pi near pi_ref"), (2, 2.0, "2 tokens, pi far from it")):
-        print(f"{told:26}  cosine    bias  variance of a sample")
+    for length, gap in itertools.product((1, 2), (0.3, 2.0)):
+        told = "near" if gap < 1 else "far from"
+        print(f"{f'length {length}, pi {told} pi_ref':26}  cosine    bias  variance of a sample")
         for pairs in zip(*[kl_rows(torch, length, gap, seed) for seed in range(9)]):
             cosine, bias, variance = [round(median(x), 6) + 0.0 for x in list(zip(*pairs))[1:]]
             print(f"    {pairs[0][0]:20}{cosine:10.3f}{bias:8.3f}{variance:10.1f}")
     print("\n" + TEXTS["after the KL table"])
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(prog="course.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands, numbers = parser.add_subparsers(dest="command", required=True), range(1, len(PLANTED) + 1)
-    writer = commands.add_parser("student", help="write a student's folder; without KEY list the exercises")
-    writer.add_argument("keys", nargs="*", metavar="KEY")
-    writer.add_argument("--out", default="student", metavar="DIR")
-    writer.add_argument("--break", dest="broken", type=int, choices=numbers)
-    writer.add_argument("--reveal", type=int, choices=numbers)
-    commands.add_parser("judge", help="judge one function").add_argument("keys", nargs=1, metavar="KEY")
-    commands.add_parser("check", help="judge the judge").add_argument("keys", nargs="*", metavar="KEY")
-    commands.add_parser("kl", help="estimates of the KL").set_defaults(keys=[])
+    parser.add_argument("command", choices=["student", "judge", "kl", "check"])
+    parser.add_argument("keys", nargs="*", metavar="KEY")
+    parser.add_argument("--out", default="student", metavar="DIR", help="the folder that `student` writes")
+    for name in ("--break", "--reveal"):
+        parser.add_argument(name, type=int, default=0, choices=range(1, len(PLANTED) + 1))
     a = parser.parse_args(argv)
-    if a.command == "student" and a.keys == ["all"]:
-        a.keys = list(EXERCISES)
+    a.keys = list(EXERCISES) if a.keys == ["all"] else a.keys
     for key in a.keys:
         if key not in EXERCISES:
             parser.error(f"{key} is no exercise; these are: {' '.join(EXERCISES)}")
-    return a
+    if a.command == "judge" and len(a.keys) != 1:
+        parser.error("judge takes one KEY")
+    return a, vars(a)["break"]
 
 
 def main(argv=None):
-    a = parse(argv)
-    if a.command == "judge":
-        return 0 if judge(EXERCISES[a.keys[0]]) else 1
-    if a.command == "check":
-        return 0 if check(a.keys or list(EXERCISES)) else 1
+    a, broken = parse(argv)
+    if a.command in ("judge", "check"):
+        green, lines = judge(a.keys) if a.command == "judge" else check(a.keys or list(EXERCISES))
+        print(f"{'green' if green else 'red':6} " + "\n       ".join(lines))
+        return 0 if green else 1
     if a.command == "kl":
         show_kl()
     elif a.reveal:
         reveal(a.reveal)
-    elif a.broken:
-        student_with_mistake(a.broken, a.out)
+    elif broken:
+        student_with_mistake(broken, a.out)
     elif a.keys:
         student(a.keys, a.out)
     else:

@@ -214,8 +214,8 @@ def write_reference(folders):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The table: name in results.json -> heading of its column. Held-out: by labelers who gave no training data; no
-# noise: by gold; true: truthful and informative; KL: k1, which Eq. 2 charges.
+# The table: name in results.json -> heading of its column. Held-out: by labelers who gave no training data;
+# no noise: by gold; true: truthful and informative; KL: k1, which Eq. 2 charges.
 
 COLUMNS = {"win_vs_sft": "over SFT", "win_vs_sft_heldout": "held-out", "win_vs_sft_gold": "no noise",
            "win_vs_rival": "over rival", "gold": "gold 1-7", "truthful_informative": "true", "rude": "rude",
