@@ -19,7 +19,7 @@ Read it beside the paper, top to bottom; you can stop after each section:
     Tokens and rows       encoding, the corpus, rows of prompt + response, the action frame       3.2
     GPT                   the decoder, with a language head or a scalar head                      3.5
     Rollout               the batched sampler that keeps the log-probs                            C.4
-    Formulas              every equation as a pure function: Eq. 1, KL rewards, GAE, PPO          3.5
+    Formulas              the equations as pure functions: Eq. 1, KL rewards, GAE, PPO            3.5
     What every loop needs seeds, the optimizer's step, checkpoints
     Step 0                pretraining, GPT-3's place
     Step 1                supervised fine-tuning on demonstrations                                C.1, C.3
@@ -70,7 +70,7 @@ import importlib                                 # loads data/toyworld.py and da
 import json
 import math
 import os
-import random                                    # the labelers' noise
+import random                                    # K, and the labelers' noise
 import sys
 import time
 from base64 import b64decode                     # tiktoken's rank files
@@ -100,7 +100,7 @@ class Config:
     comparisons: str = setting("", "file to learn from; empty: that in --data, or else labelers rank")
     device: str = setting("", "cpu or cuda; empty: cuda, if there is one, else cpu")
     save_every: float = setting(30.0, "seconds of training between two saves")
-    seed: int = setting(0, "every random draw follows from it; the same CPU gives the same numbers")
+    seed: int = setting(0, "all draws of a run follow from it; the same CPU gives the same numbers")
     # the model: GPT-3's form in miniature
     n_layer: int = setting(2, "layers", "GPT-3: 24 (1.3B) to 96 (175B)", low=1)
     n_head: int = setting(2, "attention heads", "GPT-3: 24 to 96")
@@ -216,8 +216,8 @@ def batches(lengths, size, epochs, generator):
     return plan
 
 def parts_by_length(lengths, most):
-    """Indices of all rows in parts of similar length and of at most `most` tokens, filler included. What only
-    has to be scored goes through a model in such parts: that needs little memory and wastes little."""
+    """Indices of all rows in parts of similar length and of at most `most` tokens, filler included. What has
+    no gradient goes through a model in such parts: that needs little memory and wastes little."""
     parts, part = [], []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if part and lengths[i] * (len(part) + 1) > most:
@@ -301,7 +301,9 @@ class KVCache:
 
     The one attention rule, for the prompt and for each sampled token: a token writes its key and its value at
     its position, and sees the positions up to its own. A shorter prompt's filler is written too; it stands
-    after the row's own tokens, so nobody sees it before the row's next token overwrites it."""
+    after the row's own tokens, so nobody sees it before the row's next token overwrites it.
+
+    Before each forward pass of the model somebody calls at(); each layer then calls write(), in order."""
 
     def __init__(self, config, B, L, device):
         """Room for L tokens in each of B rows."""
@@ -353,7 +355,7 @@ class GPT(nn.Module):
 
     def hidden(self, tokens, cache=None, keep=None):
         """tokens (B,T) -> (B,T,C), or (N,C) with keep (B,T) bool. With a cache the tokens stand where the
-        cache was set to, else at 0..T-1. ValueError if they exceed the block."""
+        cache was set to, else at 0..T-1. ValueError if there are more than the block holds."""
         if tokens.size(1) > self.config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens exceed the block of {self.config.block_size}")
         position = torch.arange(tokens.size(1), device=tokens.device)           # (T,)
@@ -373,8 +375,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, keep=None):
         """tokens (B,T) -> logits (B,T,vocab) or, with the scalar head, (B,T). With keep (B,T) bool only its N
-        entries, (N,vocab) or (N,). Positions that nobody reads skip the last MLP and the head. A response is
-        about a third of its row, so this saves a quarter of a policy step."""
+        entries, (N,vocab) or (N,). Positions that nobody reads skip the last MLP and the head: a response is
+        about a quarter of its row."""
         return self.project(self.hidden(tokens, keep=keep))
 
 def copy_of(model, head="lm", dropout=0.0):
@@ -415,7 +417,7 @@ def log_softmax(logits, temperature):
 
 def pick(logits, uniforms, temperature):
     """One token per row: the first whose cumulative probability exceeds the row's uniform number. On a CPU
-    that is ten times cheaper than torch.multinomial. Temperature 0 takes the likeliest token.
+    that is several times cheaper than torch.multinomial. Temperature 0 takes the likeliest token.
     logits (B,V), uniforms (B,) in [0,1) -> token (B,), its log-prob (B,)."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniforms)     # (B,), (B,): no choice, log 1
@@ -506,7 +508,7 @@ class Sampler:
             self.policy.hidden(tokens, self.cache, keep=torch.zeros_like(tokens, dtype=torch.bool))
         for width in range(longest, T):
             if self.graph is None:
-                self.step(width)                           # a CPU reads the filled columns alone
+                self.step(width)                           # of the filled columns, one more each time
             else:
                 self.graph.replay()
             if (width - longest) % 4 == 3 and not self.alive.any():      # the one look at the device
@@ -601,8 +603,8 @@ def reward_loss(scores, ranks):
 # over samples of pi. Two estimates from one sample (Schulman 2020, "Approximating KL divergence"):
 # k1 is the log-ratio: right on average, but one value may be negative. It is what Eq. 2 charges: as a reward,
 # its mean is the KL itself, and only k1 makes the rewards of a response add up to Eq. 2's bracket.
-# k3 adds pi_ref/pi - 1, whose mean is 0 because the mean of pi_ref/pi is 1. So k3 has the same mean, is never
-# negative and less noisy: it is what the log shows. What was sampled from stands in the denominator.
+# k3 adds pi_ref/pi - 1, whose mean is 0 because the mean of pi_ref/pi is 1 over samples of pi. So k3 has the
+# same mean, is never negative and mostly less noisy. The log shows both.
 
 def kl_k1(logprobs, ref_logprobs):
     """log pi/pi_ref, nats. Any shape."""
@@ -679,7 +681,7 @@ def cosine(step, steps, warmup=0):
     return 0.55 + 0.45 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - 1 - warmup)))
 
 def warmup_factor(iteration, warmup):
-    """The factor of RL's learning rate: from a tenth to 1 over the first iterations, then constant (C.4)."""
+    """The factor of the policy's learning rate: from a tenth to 1 over the first iterations, then 1 (C.4)."""
     return 0.1 + 0.9 * min(1, iteration / warmup) if warmup else 1.0
 
 
@@ -699,7 +701,8 @@ class NotFinite(Exception):
     """A number became NaN or infinite: the run stops and says where."""
 
 def seed(cfg, stage, step=0, device="cpu"):
-    """The generator for one step of a stage. PyTorch's own (initial weights, dropout) is seeded too."""
+    """The generator for one step of a stage, a number or any name. PyTorch's own (initial weights, dropout)
+    is seeded too."""
     number = int.from_bytes(hashlib.sha256(f"{cfg.seed} {stage} {step}".encode()).digest()[:7], "little")
     torch.manual_seed(number)
     return torch.Generator(device).manual_seed(number)
@@ -734,7 +737,8 @@ class Steps:
     def __init__(self, cfg, stage, n, **objects):
         self.cfg, self.stage, self.n, self.objects = cfg, stage, n, objects
         self.path = os.path.join(cfg.out, stage + ".part")
-        self.first, self.earlier, self.shown = 0, 0.0, 0.0           # steps and seconds before a stop
+        self.first, self.earlier = 0, 0.0                  # steps and seconds before a stop
+        self.shown = 0.0                                   # when log last showed a line
         self.start = time.time()
         if os.path.exists(self.path):
             saved = load(self.path)
@@ -800,7 +804,7 @@ def sft(cfg, stage, gpt, demos, corpus):
     model = copy_of(gpt, dropout=cfg.sft_dropout).train()
     optimizer = adamw(model, cfg.sft_lr)
     device = model.wte.weight.device
-    mixed = math.ceil(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))          # pretraining rows per step
+    mixed = math.ceil(cfg.sft_batch * cfg.sft_mix / (1 - cfg.sft_mix))          # 4 of 36 rows: a tenth
     lengths = [len(x) + len(y) for x, y in demos]
     plan = batches(lengths, cfg.sft_batch, cfg.sft_epochs, seed(cfg, stage, "plan"))
     steps = Steps(cfg, stage, len(plan), model=model, optimizer=optimizer)
@@ -812,7 +816,8 @@ def sft(cfg, stage, gpt, demos, corpus):
         web_loss = 0
         if mixed:
             web_loss = lm_loss(model, corpus_batch(corpus, mixed, cfg.block_size, generator, device))
-        # Both losses are means: unweighted, the 4 web rows would count as much as the 32 demonstrations.
+        # Both losses are means: unweighted, the 4 web rows would count as much as the 32 demonstrations. So
+        # the share weighs them once more (the paper gives no weight).
         (loss + cfg.sft_mix * web_loss).backward()
         clip_and_step(model, optimizer, cfg.sft_lr * cosine(step, len(plan)))
         steps.log(loss=loss.item())
@@ -823,13 +828,14 @@ def sft(cfg, stage, gpt, demos, corpus):
 # Step 2, the reward model (3.5, C.2). The SFT model answers each prompt K times, a labeler ranks the answers,
 # and a model with a scalar head learns Eq. 1.
 #
-# A simulated labeler of the toy world rates each answer from 1 to 7: did it follow the request, is it true,
-# polite, within the constraint, finished? The ranks are those of the ratings. Labelers have weights and a
-# taste for length of their own, and lapses, in which they say anything. "Gold" is the rating without these.
+# A simulated labeler of the toy world rates each answer: did it follow the request, is it true, polite,
+# within the constraint, finished? The ranks follow the ratings, and close ones tie. Labelers have weights and
+# a taste for length of their own, and lapses, in which they say anything. "Gold", 1 to 7, is the quality
+# without these.
 
 @dataclass
 class Answer:
-    ids: list                                    # as sampled, EOS included if it ended
+    ids: list                                    # EOS included if it ended, or if one_line cut it
     text: str
     ended: bool
 
@@ -849,8 +855,9 @@ def respond(policy, enc, prompts, max_new_tokens, generator, temperature=1.0, on
 
 def collect(cfg, stage, enc, policy, records, label):
     """Comparisons: K responses to each prompt, ranked. records: dicts with the text "prompt" and its "split".
-    `label` is the function that ranks: it gets a list of comparisons and gives each its "ranks" (the labelers
-    of data/toyworld.py do, and add a second opinion on validation prompts, to see how well people agree)."""
+    `label` is the function that ranks: it gets a list of comparisons and random numbers, and returns the list
+    with "ranks" in each (the labelers of data/toyworld.py do, and add a second opinion on validation prompts,
+    to see how well people agree)."""
     size, comparisons = 512, []
     steps = Steps(cfg, stage, math.ceil(len(records) / size))
     for step in steps:
@@ -955,7 +962,7 @@ def normalise_reward(reward_model, demos):
 # beta does not (Fig. 34).
 #
 # Four networks: policy pi and value net V are trained; the reference pi_SFT, which is the SFT model itself,
-# and the reward model r are frozen.
+# and the reward model r are frozen. (A fifth, the average of the policy's weights, only looks on.)
 
 @dataclass
 class Experience(Rollout):
@@ -1006,8 +1013,9 @@ def update(cfg, policy, value_net, adams, e, picked, web, lr_factor):
     tokens, mask = e.tokens[picked, :n], e.mask[picked, :n - 1]                 # (b,n), (b,n-1)
     old_logprobs, advantages = e.logprobs[picked, :n - 1], e.advantages[picked, :n - 1]        # (b,n-1) each
     old_values, returns = e.values[picked, :n - 1], e.returns[picked, :n - 1]   # (b,n-1) each
-    # 6. The policy: Eq. 2, both gradients in one step (C.4). In the first of the eight minibatches the ratio
-    # is 1, because pi is still pi_old; each step moves pi, so in the others it is not.
+    # 6. The policy: what Eq. 2 maximises, negated, with both gradients in one step (C.4). In the first of the
+    # eight minibatches the ratio is 1, because pi is still pi_old; each step moves pi, so in the others it is
+    # not.
     logprobs = token_logprobs(policy, tokens, cfg.temperature, mask)            # (b,n-1)
     ppo_loss = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.cliprange)
     ptx_loss = torch.zeros(()) if web is None else lm_loss(policy, web)
@@ -1077,7 +1085,8 @@ def summary(e, numbers):
     vloss     of the value net; ev: share of the returns' variance that it explains
     clip      share of tokens whose ratio is outside 1 +- cliprange; grad: the policy's norm before clipping
     ptx       pretraining loss of the mix, nats per token
-    Good runs of the toy have k3 from 0.2 to 3, ended above 0.9, clip below 0.2 and ev above 0.3.
+    After ten iterations good runs of the toy have k3 from 0.2 to 3, ended above 0.9, clip below 0.05 and ev
+    above 0.3.
     """
     error, mask = e.returns - e.values, e.mask                                  # (B,T-1) each
     unexplained = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
@@ -1121,8 +1130,8 @@ def ledger(cfg, enc, e):
 # RLAIF is the paper's method with a model as the labeler.
 
 def reinforce(rewards, values, mask, discount=1.0, lam=1.0):
-    """REINFORCE with a baseline (Williams 1992), in gae's place. The loop's value net still trains, but
-    nothing reads it. No token gets credit of its own: each gets its whole episode's reward, less the mean.
+    """REINFORCE with a baseline (Williams 1992), in gae's place. The loop's value net still trains, but no
+    advantage reads it. No token gets credit of its own: each gets its whole episode's reward, less the mean.
 
         A_t = R - mean R,   R = sum of the episode's rewards = score - beta * log( pi(y|x) / pi_SFT(y|x) )
 
@@ -1142,7 +1151,8 @@ def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
 
 def kto_kl0(logp, ref_logp):
     """KTO's reference point, an estimate of KL(pi || pi_ref): the mean log-ratio of mismatched pairs, a
-    prompt with a response to another one; never below 0, without gradient. Sums, (B,) each -> scalar."""
+    prompt with a response to another one (train_kto makes them); never below 0, without gradient. Sums, (B,)
+    each -> scalar."""
     return (logp - ref_logp).mean().clamp(min=0).detach()
 
 def kto_loss(logp, ref_logp, desirable, kl0, beta, lambda_d=1.0, lambda_u=1.0):
@@ -1169,7 +1179,7 @@ def beats(batch, device):
     return (at[:, None] == at) & (ranks[:, None] < ranks)
 
 def train_dpo(cfg, enc, sft_model, comparisons):
-    """The SFT model after one pass over all pairs of the comparisons, at PPO's beta and learning rate."""
+    """The SFT model after one pass over all pairs of the comparisons. PPO's beta and peak learning rate."""
     policy = copy_of(sft_model)
     optimizer = adamw(policy, cfg.policy_lr)
     data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
@@ -1194,7 +1204,7 @@ def another_prompt(data, i):
 
 def train_kto(cfg, enc, sft_model, comparisons):
     """The SFT model after one pass over the single answers of the comparisons: an answer is desirable if it
-    wins more pairs than it loses, else undesirable. Same beta and learning rate as PPO."""
+    wins more pairs than it loses, else undesirable. PPO's beta and peak learning rate."""
     policy = copy_of(sft_model)
     optimizer = adamw(policy, cfg.policy_lr)
     data = encode_comparisons(enc, comparisons, cfg.max_new_tokens)
@@ -1223,7 +1233,7 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
     which of two answers is better. GPT cannot be asked: nobody taught it what is good. But it has read good
     and rude pages (probes hold one of each), so it knows which answer belongs on which. This score is ours:
 
-        score = log p(y | good page, x) - 1/2 log p(y | rude page, x) - 1/2 log p(y)
+        score = log p(y | good page, x) - 1/2 log p(y | rude page, x) - 1/2 log p(y | an empty request)
 
     The weights add up to 0, so an answer gains nothing by being short or likely everywhere. A prompt that
     does not fit is cut at the front."""
@@ -1243,7 +1253,8 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Evaluation (section 4). Every model answers the same prompts with the same random numbers. Shares are 0..1.
+# Evaluation (section 4). Every model answers the same prompts with the same random numbers (but for GPT
+# prompted, whose longer prompts go through in other parts). Shares are 0..1.
 # What labelers and checker say comes from report() of data/toyworld.py. Here stands what needs the model.
 
 # name in the results -> stage
@@ -1289,8 +1300,8 @@ def scores_of(cfg, reward_model, prompts, answers):
 
 @torch.no_grad()
 def kl_of(policy, reference, prompts, answers):
-    """k3 and k1 (nats per response) of each Answer of the policy: two lists. Where GPT's line was cut, EOS
-    took the newline's place, so GPT's KL is only an indication."""
+    """k3 and k1 (nats per response) of each Answer of the policy: two lists. GPT's are only an indication:
+    where its line was cut, EOS took the newline's place, and the example of GPT (prompted) is left out."""
     device = reference.wte.weight.device
     k3, k1 = torch.zeros(2, len(prompts))                                       # (prompts,) each
     lengths = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
@@ -1334,7 +1345,7 @@ def question(cfg, data, name, model, sets):
     """A model answers all sets of prompts -> {set: Answers}. GPT (prompted) is GPT with a good example in
     front of the prompt, where there is room for it (3.5)."""
     enc, room, answers = data.enc, cfg.block_size - cfg.max_new_tokens, {}
-    generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # for all models the same luck
+    generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # same prompts, same luck
     for which, items in sets.items():
         prompts = [encode_prompt(enc, p["prompt"])[-room:] for p in items]
         if name == "GPT (prompted)":
@@ -1473,14 +1484,14 @@ def finished(cfg, stage, enc, device):
     check_size(path, model, cfg, enc)
     return freeze(model)
 
-LONGEST = 400_000                                # characters per line: a tokenizer fails at a million blanks
+LONGEST = 400_000                                # of a line or a text: a tokenizer fails at a million blanks
 TEXT = f"UTF-8 text, not only blanks, without NUL, in lines of at most {LONGEST:,} characters"
 # GPT-2's pieces: contraction; word, number or signs, with a space before them; blanks, but for that space.
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
 
 def read_text(path):
-    """The text of a UTF-8 file. A byte order mark is ignored, CRLF is LF, and a line of blanks is empty."""
+    """The text of a UTF-8 file. A byte order mark is ignored, CRLF and CR are LF, blank lines are empty."""
     with reading(path, TEXT) as at:
         with open(path, "rb") as f:
             raw = f.read().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -1517,7 +1528,8 @@ def find_encoding(name):
 
 def load_corpus(text, path, enc, length):
     """Pretraining text, documents between blank lines -> (tokens array (N,), places where rows may start).
-    Rows start where a document does and, inside a long one, every `length` tokens, so all of it is read."""
+    Rows start where a document does and, inside a long one, every `length` tokens, so that it is read to its
+    end, or nearly: a row must be full."""
     tokens, starts = [], []
     for doc in text.split("\n\n"):
         if doc.strip("\n"):
@@ -1766,7 +1778,7 @@ def accept(cfg, files, source):
 def read_safetensors(path):
     """Name -> tensor. Such a file holds the length of its header (8 bytes, little-endian), the header, {name:
     {"dtype", "shape", "data_offsets": [from, to]}} as JSON, and the bytes that the offsets count. Tensors of
-    other types, such as masks, are left out."""
+    other types are left out."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     data, tensors = np.memmap(path, mode="r"), {}
     start = 8 + int.from_bytes(data[:8], "little")
@@ -1880,7 +1892,7 @@ def label(cfg, data, device):
         if data.world:
             yours = [{**c, "task": tasks[c["prompt"]]} for c in done if c["prompt"] in tasks]
             same = data.world.your_agreement(yours, random.Random(cfg.seed))
-            print(f"agreement so far {mean(same):.2f} of {len(same)} pairs (labelers among themselves: 0.73)")
+            print(f"agreement so far {mean(same):.2f} of {len(same)} pairs (labelers among themselves: 0.72)")
     print(f"{path}: {len(done)} rankings; for a run: --from {cfg.out} --out NEW --comparisons {path}")
 
 def chat(cfg, data, device, names):
@@ -2061,7 +2073,8 @@ def check(cfg, a):
             raise UserError(told)
 
 def main(argv=None):
-    """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake; 130 after Ctrl-C."""
+    """The command. Exit code 0; 1 when numbers went wrong; 2 for a user's mistake or too little memory;
+    130 after Ctrl-C."""
     code = 2
     try:
         torch.set_flush_denormal(True)                     # peaked softmaxes are full of denormals, and slow

@@ -116,7 +116,7 @@ def reference_of(histories):
             rows = []
             for step in sorted(set.intersection(*[set(run) for run in runs]))[REACH::EVERY]:
                 rows.append([step] + [float(f"{run[step]:.3g}") for run in runs])
-            if rows:
+            if any(value for row in rows for value in row[1:]):            # plain PPO's ptx is 0 throughout
                 stages.setdefault(stage, {})[name] = rows
     return {"stages": stages}
 
