@@ -228,7 +228,7 @@ def parts_by_length(lengths, most):
 
 def tokens_at_once(device):
     """How many tokens are scored at once: few stay in a CPU's cache, many keep a GPU busy."""
-    return 1024 if device.type == "cpu" else 16384
+    return 1024 if device.type == "cpu" else 4096
 
 def mean(x):
     """The mean of a list of numbers; 0 for an empty one."""
@@ -445,6 +445,7 @@ class Sampler:
         """B rows of at most L tokens, max_new_tokens of them new. graph: record the step (CUDA only)."""
         device = policy.wte.weight.device
         self.policy, self.eos, self.temperature = policy, eos, temperature
+        policy.eval()                                      # dropout would make it another policy
         self.tokens = torch.zeros(B, L, dtype=torch.long, device=device)
         self.mask = torch.zeros(B, L - 1, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(B, L - 1, device=device)
@@ -488,7 +489,6 @@ class Sampler:
     @torch.no_grad()
     def sample(self, prompts, generator=None):
         """prompts: B lists of ids -> Rollout with T = longest prompt + max_new_tokens."""
-        self.policy.eval()                                 # dropout would make it another policy
         device = self.tokens.device
         lens = torch.tensor([len(prompt) for prompt in prompts])                # (B,)
         longest = int(lens.max())
@@ -737,8 +737,7 @@ class Steps:
     def __init__(self, cfg, stage, n, **objects):
         self.cfg, self.stage, self.n, self.objects = cfg, stage, n, objects
         self.path = os.path.join(cfg.out, stage + ".part")
-        self.first, self.earlier = 0, 0.0                  # steps and seconds before a stop
-        self.shown = 0.0                                   # when log last showed a line
+        self.first, self.earlier, self.shown = 0, 0.0, 0.0           # steps, seconds before a stop; last line
         self.start = time.time()
         if os.path.exists(self.path):
             saved = load(self.path)
@@ -762,7 +761,8 @@ class Steps:
 
     def log(self, **numbers):
         """A line of JSON into OUT/log.jsonl and, every five seconds, one on the screen with the time left."""
-        done, now = self.step + 1, time.time()
+        done = self.step + 1
+        now = time.time()
         path = os.path.join(self.cfg.out, "log.jsonl")
         with reading(path, "writable"), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"stage": self.stage, "step": done, **numbers}) + "\n")
@@ -932,7 +932,8 @@ def train_reward_model(cfg, stage, enc, sft_model, comparisons, demos):
 @torch.no_grad()
 def score_all(reward_model, prompts, responses):
     """r_theta(x, y) of N rows of ids -> list of N numbers, the last token's."""
-    device, scores = reward_model.wte.weight.device, torch.zeros(len(prompts))
+    device = reward_model.wte.weight.device
+    scores = torch.zeros(len(prompts))
     lengths = [len(x) + len(y) for x, y in zip(prompts, responses)]
     for part in parts_by_length(lengths, tokens_at_once(device)):
         tokens, _, last = stack([prompts[i] for i in part], [responses[i] for i in part], device)
@@ -1260,7 +1261,8 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
 # name in the results -> stage
 MODELS = {"GPT": "pretrain", "FLAN": "flan", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx",
           "REINFORCE": "reinforce", "DPO": "dpo", "KTO": "kto", "RLAIF": "rlaif"}
-BASE_MODELS = ("GPT", "GPT (prompted)", "rival GPT")       # cut at a newline; the rival is --rival's GPT
+# X in a measure's name win_vs_X -> whose answers the model's are compared with; the rival is --rival's GPT
+OPPONENTS = {"sft": "SFT", "gpt": "GPT", "prompted": "GPT (prompted)", "flan": "FLAN", "rival": "rival GPT"}
 
 def means_by(keys, values):
     """{key: mean of its values}, sorted."""
@@ -1276,22 +1278,20 @@ def hits(mine, theirs, ids):
 def judge_reward_model(cfg, enc, reward_model, comparisons):
     """On held-out comparisons: accuracy against the labeler. In the toy world also the agreement of a second
     labeler on the same pairs, and the accuracy on pairs that differ in gold."""
-    accuracy, agreement, gold, use_cases = [], [], [], []
-    encoded = [encode_comparison(enc, c, cfg.max_new_tokens) for c in comparisons]
-    rows = [(prompt, ids) for prompt, responses, _ in encoded for ids in responses]
-    scores = iter(score_all(reward_model, [x for x, _ in rows], [y for _, y in rows]))
-    for c, (_, ids, _) in zip(comparisons, encoded):
+    accuracy, agreement, gold = [], [], []                 # gold: (use case, hit) of each pair
+    for c in comparisons:
+        prompt, ids, _ = encode_comparison(enc, c, cfg.max_new_tokens)
+        scores = score_all(reward_model, [prompt] * len(ids), ids)
         order = [-rank for rank in c["ranks"]]             # rank 1 is best
-        score = [next(scores) for _ in ids]
-        accuracy += hits(score, order, ids)
+        accuracy += hits(scores, order, ids)
         if "gold" in c:
             agreement += hits([-rank for rank in c["second_ranks"]], order, ids)
-            gold += hits(score, c["gold"], ids)
-            use_cases += [c["use_case"]] * (len(gold) - len(use_cases))
+            gold += [(c["use_case"], hit) for hit in hits(scores, c["gold"], ids)]
     if not gold:
         return {"accuracy": mean(accuracy)}
-    return {"accuracy": mean(accuracy), "agreement": mean(agreement), "gold_accuracy": mean(gold),
-            "gold_accuracy_by_use_case": means_by(use_cases, gold)}
+    use_cases, right = zip(*gold)
+    return {"accuracy": mean(accuracy), "agreement": mean(agreement), "gold_accuracy": mean(right),
+            "gold_accuracy_by_use_case": means_by(use_cases, right)}
 
 def scores_of(cfg, reward_model, prompts, answers):
     """The score of each Answer, or the fixed one where it did not end. The results call it "reward"."""
@@ -1336,42 +1336,43 @@ def few_shot(model, enc, items):
 @torch.no_grad()
 def corpus_losses(model, corpus, block_size):
     """Held-out pretraining loss, nats per token, of 512 rows, the same for every model."""
-    device, generator = model.wte.weight.device, torch.Generator().manual_seed(0)
+    device = model.wte.weight.device
+    generator = torch.Generator().manual_seed(0)
     rows = corpus_batch(corpus, 512, block_size, generator, device)             # (512,block)
     parts = rows.split(max(1, tokens_at_once(device) // block_size))
     return torch.cat([-token_logprobs(model, part).mean(1) for part in parts]).tolist()
 
 def question(cfg, data, name, model, sets):
     """A model answers all sets of prompts -> {set: Answers}. GPT (prompted) is GPT with a good example in
-    front of the prompt, where there is room for it (3.5)."""
+    front of the prompt (3.5); what does not fit is cut at the front."""
     enc, room, answers = data.enc, cfg.block_size - cfg.max_new_tokens, {}
     generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # same prompts, same luck
+    prefix = data.probes["prefix"] if name == "GPT (prompted)" else ""
     for which, items in sets.items():
-        prompts = [encode_prompt(enc, p["prompt"])[-room:] for p in items]
-        if name == "GPT (prompted)":
-            longer = [encode_prompt(enc, data.probes["prefix"] + p["prompt"]) for p in items]
-            prompts = [long if len(long) <= room else short for long, short in zip(longer, prompts)]
-        one_line = name in BASE_MODELS
-        answers[which] = respond(model, enc, prompts, cfg.max_new_tokens, generator, 1.0, one_line)
+        prompts = [encode_prompt(enc, prefix + p["prompt"])[-room:] for p in items]
+        answers[which] = respond(model, enc, prompts, cfg.max_new_tokens, generator, 1.0, "GPT" in name)
     return answers
 
-def measure(cfg, data, model, gpt, reference, reward_model, sets, answers, opponents):
+def measure(cfg, data, name, models, reward_model, sets, answers):
     """All numbers of a model: means over prompts, in ci95 their half-widths, and a few that are no means."""
-    mine, prompts = answers["tests"], [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
-    k3, k1 = kl_of(model, reference, prompts, mine)
+    model, mine = models[name], answers[name]["tests"]
+    prompts = [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
+    k3, k1 = kl_of(model, models["SFT"], prompts, mine)
     lists = {"reward": scores_of(cfg, reward_model, prompts, mine), "kl": k3, "kl_k1": k1,
              "length": [len(answer.ids) for answer in mine], "ended": [answer.ended for answer in mine]}
     other = {"parameters": sum(p.numel() for p in model.parameters())}
     if data.corpus_valid:                                  # our tax: the rise of this loss over GPT's
-        losses = [corpus_losses(m, data.corpus_valid, cfg.block_size) for m in (model, gpt)]
-        lists.update(pretrain_loss=losses[0], tax=[mine - its for mine, its in zip(*losses)])
+        loss = corpus_losses(model, data.corpus_valid, cfg.block_size)
+        gpt_loss = corpus_losses(models["GPT"], data.corpus_valid, cfg.block_size)
+        lists.update(pretrain_loss=loss, tax=[x - y for x, y in zip(loss, gpt_loss)])
     if data.world:
-        lists.update(data.world.report(sets, answers, opponents, cfg.seed))
+        others = {key: answers[other]["tests"] for key, other in OPPONENTS.items() if other in answers}
+        lists.update(data.world.report(sets, answers[name], others, cfg.seed))
         other["gold_by_use_case"] = means_by([p["use_case"] for p in sets["tests"]], lists["gold"])
         tasks, requests = data.probes["fewshot"], {"basic": "", "respectful": data.probes["respect"]}
-        other["fewshot"] = {name: few_shot(model, data.enc, tasks[name]) for name in tasks}
-        other["bias_bits"] = {name: bias_bits(model, data.enc, requests[name], data.probes["bias"])
-                              for name in requests}
+        other["fewshot"] = {task: few_shot(model, data.enc, items) for task, items in tasks.items()}
+        other["bias_bits"] = {asked: bias_bits(model, data.enc, request, data.probes["bias"])
+                              for asked, request in requests.items()}
     return {**{key: mean(v) for key, v in lists.items()}, **other,
             "ci95": {key: 1.96 * float(np.std(v)) / math.sqrt(len(v)) for key, v in lists.items() if len(v)}}
 
@@ -1382,24 +1383,21 @@ def evaluate(cfg, data, models, reward_model, comparisons):
         # PPO uses the reward model up: among the policy's answers it sees hardly a difference any more.
         prompts = [p for p in data.rm_prompts if p["split"] == "valid"][:300]
         new = collect(cfg, "again", data.enc, models["PPO-ptx"], prompts, data.world.label_comparisons)
-        new = judge_reward_model(cfg, data.enc, reward_model, new)
-        judged["gold_accuracy_ppo_ptx"] = new.get("gold_accuracy")              # None: no pair differs
+        shares = judge_reward_model(cfg, data.enc, reward_model, new)
+        judged["gold_accuracy_ppo_ptx"] = shares.get("gold_accuracy")           # None: no pair differs
     sets = data.world.question_sets(data.tests, data.probes) if data.world else {"tests": data.tests}
-    answers, steps = {}, Steps(cfg, "evaluate", len(models))
+    answers = {}
+    steps = Steps(cfg, "evaluate", len(models))
     for _, name in zip(steps, models):
         answers[name] = question(cfg, data, name, models[name], sets)
         steps.log(answers=sum(map(len, answers[name].values())))
-    opponents = dict(sft="SFT", gpt="GPT", prompted="GPT (prompted)", flan="FLAN", rival="rival GPT")
-    opponents = {key: answers[name]["tests"] for key, name in opponents.items() if name in answers}
-    others = models["GPT"], models["SFT"], reward_model, sets
-    results = {name: measure(cfg, data, models[name], *others, answers[name], opponents) for name in models}
+    results = {name: measure(cfg, data, name, models, reward_model, sets, answers) for name in models}
     return {"reward_model": judged, "models": results}, answers
 
 def on_a_line(text, ended):
     """An answer as the screen shows it; a control character is shown by its escape."""
-    text = text.replace("\n", " / ")
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return (shown or "(nothing)") + ("" if ended else " ...")
+    signs = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " / ")]
+    return ("".join(signs) or "(nothing)") + ("" if ended else " ...")
 
 def samples(data, answers):
     """The same prompts answered by each model: some that the toy world chooses, or your first 20."""
@@ -1426,15 +1424,15 @@ def reading(path, must):
     try:
         yield at
     except Exception as e:
-        if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
-            raise                                          # the file may be right: main tells it
+        if isinstance(e, (UserError, MemoryError)) or isinstance(e, RuntimeError) and "memory" in str(e):
+            raise                                          # told already, or no fault of the file: see main
         where = path if at.line is None else f"{path}:{at.line}"
         met = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         for error in (e.__context__, e):                   # torch.save hides a full disk behind another error
             met = error.strerror if isinstance(error, OSError) else met
         raise UserError(f"{where}: must be {must}; met {met}") from e
 
-CHECKPOINT = "a whole checkpoint (remove it, and the command that names its stage and this --out makes it)"
+CHECKPOINT = "a whole checkpoint (else remove it; the command that names its stage and this --out makes it)"
 
 def load(path, device="cpu", peek=False):
     """A checkpoint of ours as a dict; UserError for any other file. It is data: nothing in it is executed.
@@ -1448,7 +1446,8 @@ def load(path, device="cpu", peek=False):
 def save(path, x):
     """Writes text or a checkpoint aside, then renames: whatever happens, a file is there whole or as it was.
     UserError if it cannot be written."""
-    with reading(path, "writable (what was there is whole)"):
+    with reading(path, "a file that --out can hold (what was there is whole)"):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             with open(path + ".tmp", "wb") as f:
                 if isinstance(x, str):
@@ -1514,14 +1513,15 @@ def find_encoding(name):
             enc = tiktoken.get_encoding(name)
             enc.decode_tokens_bytes(range(enc.n_vocab))    # a model could sample any id
             return enc
-    ranks, lines = {}, read_text(name).split("\n")
+    if not os.path.exists(name):
+        raise UserError(f"--encoding: must be gpt2 or another of tiktoken's, or a rank file; met {name}")
+    ranks = {}
     with reading(name, "a rank file: per line base64 of a new token, then its rank from 0 on") as at:
-        for at.line, line in enumerate(lines, 1):
-            if line:
-                word, rank = line.split()
-                ranks[b64decode(word, validate=True)] = int(rank)
-                if int(rank) != len(ranks) - 1:
-                    raise ValueError(f"{line!r} as token {len(ranks) - 1}")
+        for at.line, line in enumerate(read_text(name).rstrip("\n").split("\n"), 1):
+            word, rank = line.split()
+            ranks[b64decode(word, validate=True)] = int(rank)
+            if int(rank) != len(ranks) - 1:
+                raise ValueError(f"{line!r} as token {len(ranks) - 1}")
         if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
             raise ValueError("an empty token, or a byte without one")
     return tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
@@ -1564,25 +1564,24 @@ def normal_form(row, kind):
     """A row of any format of its kind -> {"prompt", "responses": [texts], "ranks", "ended", "split"}. Of the
     ranks only the order counts. Fields of another kind are not read."""
     if kind == "prompt":
-        row = {"prompt": row.get("prompt", row.get("messages")), "responses": [], "ranks": []}
-    elif kind == "demonstration":
+        prompt, _ = conversation(row.get("prompt", row.get("messages")), None)
+        return {"prompt": prompt, "responses": [], "ranks": [], "ended": [], "split": None}
+    if kind == "demonstration":
         answer = row.get("completion", row.get("messages"))
         row = {"prompt": row.get("prompt"), "responses": [answer], "ranks": [1]}
     elif "responses" not in row:
         row = {**row, "responses": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
     answers, ranks, split = row["responses"], row["ranks"], row.get("split")
     ended = row.get("ended", [True] * len(answers))
-    pairs = [conversation(row.get("prompt"), answer) for answer in answers or [None]]
-    prompts = {prompt for prompt, _ in pairs}
-    responses = [response for _, response in pairs][:len(answers)]
-    right = (isinstance(answers, list), len(prompts) == 1, None not in responses,
+    prompts, responses = zip(*[conversation(row.get("prompt"), answer) for answer in answers])
+    right = (isinstance(answers, list), len(set(prompts)) == 1, None not in responses,
              {type(x) for x in ranks} <= {int}, {type(x) for x in ended} <= {bool},
              len(answers) == len(ranks) == len(ended), len(ranks) > 1 or kind != "comparison",
              split in (None, "train", "valid"))
     if not all(right):
         raise ValueError(f"{len(responses)} responses, split {split!r}, ranks {ranks}, ended {ended}"[:99])
     order = [1 + sum(other < rank for other in ranks) for rank in ranks]
-    return {"prompt": pairs[0][0], "responses": responses, "ranks": order, "ended": ended, "split": split}
+    return {"prompt": prompts[0], "responses": [*responses], "ranks": order, "ended": ended, "split": split}
 
 def read_rows(cfg, enc, path, text, kind, world=None):
     """The rows of a file in normal form: an object per line, or one list if the file begins with [. A world
@@ -1606,7 +1605,7 @@ def read_rows(cfg, enc, path, text, kind, world=None):
             if all(fits) and all(text.strip() for text in typed):
                 rows.append(row)
     told = f"{path}: {n - len(rows)} of {n} rows left out, blank or too long (--block_size, --max_new_tokens)"
-    if not rows:
+    if text and not rows:
         raise UserError(told)
     if len(rows) < n:
         print(told)
@@ -1630,12 +1629,10 @@ class Data:
         self.world = module_at(self.path("toyworld.py"))                        # None: your own data
         self.needed = {name for stage in wanted for name in READS[stage][2].split()} - {"flan_train.jsonl"}
         self.needed -= {"comparisons.jsonl"} if self.world else {"rm_train.jsonl", "rm_valid.jsonl"}
-        mixed = {"ppo_ptx", "reinforce", "rlaif"} | ({"sft", "flan"} if cfg.sft_mix else set())
-        if cfg.init and not mixed & {*wanted}:
-            self.needed -= {"pretrain.txt"}
-        probes = self.text("probes.json")
+        if cfg.init and not cfg.sft_mix and not {"ppo_ptx", "reinforce", "rlaif"} & {*wanted}:
+            self.needed -= {"pretrain.txt"}                # nothing is pretrained or mixed in
         with reading(self.path("probes.json"), "as toyworld.py writes it"):
-            self.probes = json.loads(probes) if self.world else {}
+            self.probes = json.loads(self.text("probes.json")) if self.world else {}
         if cfg.init:
             check_size(cfg.init, GPT.from_gpt2(cfg.init, cfg.n_head), cfg, enc)
             self.remember("init", np.memmap(cfg.init, mode="r"))
@@ -1671,13 +1668,13 @@ class Data:
         if not os.path.exists(path) and name not in self.needed and path != self.cfg.comparisons:
             return ""
         text = read_text(path)
-        self.remember(name, text.encode())
+        if self.world or name not in ("rm_train.jsonl", "rm_valid.jsonl"):      # else for label alone
+            self.remember(name, text.encode())
         return text
 
     def rows(self, name, kind):
-        """The usable rows of a file."""
-        text = self.text(name)
-        return read_rows(self.cfg, self.enc, self.path(name), text, kind, self.world) if text else []
+        """The usable rows of a file; none if it is not there."""
+        return read_rows(self.cfg, self.enc, self.path(name), self.text(name), kind, self.world)
 
     def pairs(self, rows):
         """Demonstrations as ids: (prompt, response)."""
@@ -1704,7 +1701,8 @@ class Data:
         return comparisons
 
 # What a folder remembers. A finished stage is stale if what it read is not the same any more: its settings,
-# and the text of its files. This table says which stage needs which other one, and what it reads besides.
+# and the text of its files (toyworld.py, the labelers' program, is not compared). This table says which stage
+# needs which other one, and what it reads besides.
 
 SFT_READS = "sft_epochs sft_batch sft_lr sft_dropout sft_mix max_new_tokens"
 PPO_READS = ("iterations episodes minibatches policy_lr value_lr warmup beta cliprange value_clip lam "
@@ -1742,43 +1740,45 @@ def remembered(folder):
     path = os.path.join(folder, "settings.json")
     if not os.path.exists(path):
         return {}, {}
-    text = read_text(path)
     with reading(path, "as a run wrote it; remove it, and give the run's settings again"):
-        memory = json.loads(text)
+        memory = json.loads(read_text(path))
         return {k: x for k, x in memory["settings"].items() if hasattr(Config, k)}, dict(memory["files"])
 
 def accept(cfg, files, source):
     """Before a command trains: refuses it if --out holds a stage, finished or begun, that read something
     else; takes the finished stages of --from that read the same; then writes down what this run reads."""
-    now, (then, old_files), taken = asdict(cfg), remembered(cfg.out), []
+    then, old_files = remembered(cfg.out)
+    settings = {name: x for name, x in asdict(cfg).items() if name not in ("out", "device", "save_every")}
+    taken = []
     for stage in list(READS)[:-1]:
-        mark, path = mark_of(stage, now, files), os.path.join(cfg.out, stage)
-        theirs, changed = os.path.join(source or cfg.out, stage + ".pt"), ""
+        mark = mark_of(stage, settings, files)
+        path = os.path.join(cfg.out, stage)
+        theirs = os.path.join(source or cfg.out, stage + ".pt")            # without --from it is path's own
+        changed = ""
         if os.path.exists(path + ".pt"):
-            changed = difference(load(path + ".pt", peek=True)["mark"], mark)
+            changed = difference(load(path + ".pt", peek=True).get("mark", {}), mark)
         elif os.path.exists(path + ".part"):
             changed = difference(mark_of(stage, {**asdict(Config()), **then}, old_files), mark)
         elif os.path.exists(theirs):
-            other = difference(load(theirs, peek=True)["mark"], mark)
+            other = difference(load(theirs, peek=True).get("mark", {}), mark)
             print(f"{stage}: not taken, {other}" if other else f"{stage}: taken from {source}")
             taken += [] if other else [stage + ".pt"]
         if changed:
             raise UserError(f"{path}.pt: {changed}; give that as it was, or --from {cfg.out} --out NEW")
-    with reading(f"--out {cfg.out}", "a folder that can be written"):
-        os.makedirs(cfg.out, exist_ok=True)
     for name in taken:
         save(os.path.join(cfg.out, name), load(os.path.join(source, name)))
-    settings = {name: x for name, x in now.items() if name not in ("out", "device", "save_every")}
     save(os.path.join(cfg.out, "settings.json"), json.dumps({"settings": settings, "files": files}, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # GPT-2 weights as published (Radford et al. 2019; 124M to 1.5B), in pretraining's place.
 
-def read_safetensors(path):
-    """Name -> tensor. Such a file holds the length of its header (8 bytes, little-endian), the header, {name:
-    {"dtype", "shape", "data_offsets": [from, to]}} as JSON, and the bytes that the offsets count. Tensors of
-    other types are left out."""
+def read_weights(path):
+    """Name -> tensor, of a state dict or a .safetensors file. The latter holds the length of its header (8
+    bytes, little-endian), the header, {name: {"dtype", "shape", "data_offsets": [from, to]}} as JSON, and the
+    bytes that the offsets count. Its tensors of other types are left out."""
+    if not str(path).endswith(".safetensors"):
+        return torch.load(path, map_location="cpu", weights_only=True)
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     data, tensors = np.memmap(path, mode="r"), {}
     start = 8 + int.from_bytes(data[:8], "little")
@@ -1793,11 +1793,7 @@ def from_gpt2(path, n_head=0):
     """A GPT with the weights of a .safetensors file or, in a file of another name, of a state dict. Names and
     shapes tell the sizes, but for the heads: n_head of them or, if 0, heads 64 wide, as all of GPT-2's."""
     with reading(path, "GPT-2 weights as published, a .safetensors file or a state dict"):
-        if str(path).endswith(".safetensors"):
-            there = read_safetensors(path)
-        else:
-            there = torch.load(path, map_location="cpu", weights_only=True)
-        there = {name.removeprefix("transformer."): x for name, x in there.items()}
+        there = {name.removeprefix("transformer."): x for name, x in read_weights(path).items()}
         vocab, width = there["wte.weight"].shape
         layers = len({name.split(".")[1] for name in there if name.startswith("h.")})
         if width % (n_head or 64):
@@ -1835,11 +1831,9 @@ def start_from_gpt2(cfg, enc, corpus, device):
 def ask(prompt):
     """A line that the user types; "q" at the end of input (Ctrl-D). A pipe's line is shown as a typed one."""
     try:
-        line = input(prompt)
+        return input(prompt).strip()
     except EOFError:
-        line = "q"
-    print(end="" if sys.stdin.isatty() else line + "\n")
-    return line.strip()
+        return "q"
 
 def read_ranking(text, K):
     """A typed ranking of K answers, best first: "3 > 1 = 4 > 2" -> [2, 4, 1, 2], the ranks of answers 1 to K:
@@ -1863,14 +1857,15 @@ def ask_ranking(K):
 def label(cfg, data, device):
     """You rank answers of the SFT model to those prompts of rm_train.jsonl that OUT/labels.jsonl has not yet.
     Each ranking is saved at once, as a comparison."""
-    enc, path, before, done = data.enc, os.path.join(cfg.out, "labels.jsonl"), "", []
+    enc, before, done = data.enc, "", []
+    path = os.path.join(cfg.out, "labels.jsonl")
     policy = finished(cfg, "sft", enc, device)
     if not data.rm_prompts:
         raise UserError(f"{data.path('rm_train.jsonl')}: must be there, with prompts")
     if os.path.exists(path):                               # its lines are kept as they are
         before = read_text(path).rstrip("\n") + "\n"
         done = read_rows(cfg, enc, path, before, "comparison")
-    ranked, tasks = {c["prompt"] for c in done}, {p["prompt"]: p.get("task") for p in data.rm_prompts}
+    ranked = {c["prompt"] for c in done}
     for p in [p for p in data.rm_prompts if p["split"] == "train" and p["prompt"] not in ranked]:
         asked = [encode_prompt(enc, p["prompt"])] * cfg.k_min
         answers = respond(policy, enc, asked, cfg.max_new_tokens, seed(cfg, "label", p["prompt"], device))
@@ -1890,8 +1885,7 @@ def label(cfg, data, device):
         before += json_lines(done[-1:])
         save(path, before)
         if data.world:
-            yours = [{**c, "task": tasks[c["prompt"]]} for c in done if c["prompt"] in tasks]
-            same = data.world.your_agreement(yours, random.Random(cfg.seed))
+            same = data.world.your_agreement(done, data.rm_prompts, random.Random(cfg.seed))
             print(f"agreement so far {mean(same):.2f} of {len(same)} pairs (labelers among themselves: 0.72)")
     print(f"{path}: {len(done)} rankings; for a run: --from {cfg.out} --out NEW --comparisons {path}")
 
@@ -1916,7 +1910,7 @@ def chat(cfg, data, device, names):
             print(f"the toy world has no {word}")
         print(f"{'reward':>15}{'k1':>7}")
         for name, model in models.items():
-            answers = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line=name in BASE_MODELS)
+            answers = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line="GPT" in name)
             _, (k1,) = kl_of(model, sft_model, [ids], answers)
             reward, = scores_of(cfg, reward_model, [ids], answers)
             fixed = " " if answers[0].ended else "*"
@@ -1934,25 +1928,27 @@ class Run:
 
     def stage(self, name, make, *inputs):
         """What a stage makes: loaded if it is finished, else made and saved if it is wanted, else None."""
-        path, part = os.path.join(self.cfg.out, name + ".pt"), os.path.join(self.cfg.out, name + ".part")
-        if not os.path.exists(path):
+        path = os.path.join(self.cfg.out, name)
+        if not os.path.exists(path + ".pt"):
             if name not in self.wanted:
                 return None
             begun = time.time()
-            if os.path.exists(part):                       # seconds add up over stops
-                begun -= load(part, peek=True)["seconds"]
+            if os.path.exists(path + ".part"):             # seconds add up over stops
+                begun -= load(path + ".part", peek=True)["seconds"]
             made = pack(make(self.cfg, *inputs))
             seconds = time.time() - begun
-            save(path, {"mark": mark_of(name, asdict(self.cfg), self.data.files), "seconds": seconds, **made})
-            print(f"{name}: {seconds:.0f} s; {path}\n", flush=True)
-        if os.path.exists(part):
-            os.remove(part)
-        self.seconds[name] = load(path, peek=True)["seconds"]
+            mark = mark_of(name, asdict(self.cfg), self.data.files)
+            save(path + ".pt", {"mark": mark, "seconds": seconds, **made})
+            print(f"{name}: {seconds:.0f} s; {path}.pt\n", flush=True)
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        self.seconds[name] = load(path + ".pt", peek=True)["seconds"]
         return finished(self.cfg, name, self.data.enc, self.device)
 
 def run(cfg, wanted, data, device, rival):
     """Figure 2 of the paper, from left to right. wanted: names of stages; rival: another GPT or None."""
-    job, enc, world = Run(cfg, wanted, data, device), data.enc, data.world
+    job = Run(cfg, wanted, data, device)
+    enc, world = data.enc, data.world
     # Step 0 and 1: a language model, which learns to follow instructions from demonstrations
     gpt = job.stage("pretrain", start_from_gpt2 if cfg.init else pretrain, enc, data.corpus, device)
     sft_model = job.stage("sft", sft, "sft", gpt, data.demos, data.corpus)
@@ -1962,9 +1958,8 @@ def run(cfg, wanted, data, device, rival):
     if world:
         ranked = job.stage("collect", collect, "collect", enc, sft_model, data.rm_prompts,
                            world.label_comparisons) or []
-    export = os.path.join(cfg.out, "comparisons.jsonl")
-    if ranked and not os.path.exists(export):              # for people to read: the run has its checkpoint
-        save(export, json_lines(ranked))
+    if ranked:                                             # for people to read: the run has its checkpoint
+        save(os.path.join(cfg.out, "comparisons.jsonl"), json_lines(ranked))
     train = [c for c in data.comparisons or ranked if c["split"] == "train"]    # yours, or the labelers'
     valid = [c for c in data.comparisons + ranked if c["split"] == "valid"]
     reward_model = job.stage("rm", train_reward_model, "rm", enc, sft_model, train, data.demos)
@@ -2002,7 +1997,8 @@ def report(cfg, seconds, gpt, results, shown, world):
     closing = "Nobody knows the true quality here. The reward was optimised, so it rose: read the samples."
     closing = world.claims_table(results["claims"]) if world else closing
     picture = module_at(os.path.join(HERE, "picture.py"))
-    lines = [picture.table(results["models"]), "", *picture.draw(cfg.out)] if picture else []
+    with reading(os.path.join(cfg.out, "picture.svg"), "writable"):
+        lines = [picture.table(results["models"]), "", *picture.draw(cfg.out)] if picture else []
     print("\n".join(["", shown, "", *lines, "", closing, ""]))
     print(f"{seconds['total']:.0f} s. In {cfg.out}: results.json, samples.txt, picture.svg, log.jsonl, ...")
 
@@ -2064,7 +2060,7 @@ def check(cfg, a):
             ({*a.stages} <= {*READS, "chat", "label"}, f"{' '.join(a.stages)}: must be {', '.join(READS)}"),
             (len(a.stages) < 2 or not {"chat", "label"} & {*a.stages}, "chat and label stand alone"),
             (not a.models or a.stages == ["chat"], "--models goes with chat"),
-            (not a.source or os.path.isdir(a.source), f"--from {a.source}: no such folder"),
+            (not a.source or remembered(a.source)[0], f"--from {a.source}: holds no run"),
             (cfg.init or cfg.n_head and cfg.n_embd % cfg.n_head == 0, "n_head must divide n_embd"),
             (cfg.k_min <= cfg.k_max, f"--k_max {cfg.k_max}: must be at least --k_min {cfg.k_min}"),
             (cfg.episodes >= cfg.minibatches, f"--minibatches {cfg.minibatches}: must be at most --episodes"),
@@ -2080,7 +2076,12 @@ def main(argv=None):
         torch.set_flush_denormal(True)                     # peaked softmaxes are full of denormals, and slow
         a, cfg, wanted = parse(argv)
         check(cfg, a)
-        device, data = find_device(cfg.device), Data(cfg, wanted & READS.keys())
+        device = find_device(cfg.device)
+        data = Data(cfg, wanted & READS.keys())
+        if not data.world and {"collect", "judged", "rm_rlaif", "rlaif"} & {*a.stages}:
+            raise UserError(f"{' '.join(a.stages)}: only the toy world has labelers, and pages for RLAIF")
+        if not data.world and {"collect", "judged", "rm_rlaif", "rlaif"} & {*a.stages}:
+            raise UserError(f"{' '.join(a.stages)}: only the toy world has labelers and pages to judge by")
         if a.stages == ["chat"]:
             chat(cfg, data, device, a.models)
         elif a.stages == ["label"]:
@@ -2107,4 +2108,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")               # what a screen cannot show becomes ?
+    sys.stdin.reconfigure(errors="replace")                # and so does what is typed and no text
     sys.exit(main())

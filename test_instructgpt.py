@@ -306,11 +306,11 @@ def test_settings_come_from_flags_then_smoke_then_out_then_from_then_default(tmp
 
 FLAGS = """
 --typo 1; typo; --beta; --beta cat; --beta -1; --beta nan; --beta inf; --episodes 1.5; --episodes 0; --seed
--1; --iterations -1; --sft_lr -0.1; --pretrain_batch 0; --n_layer 0; --n_embd 30 --n_head 4;
---n_head 0; --k_min 1; --k_min 5 --k_max 4; --episodes 4 --minibatches 5; --block_size 16; --max_new_tokens
-60; --sft_mix 1; --sft_dropout 1; --ema 1.1; --lam 1.1; --temperature 0; --unfinished_score nan; --device
-typo; --ou x; --unfinished_score inf; chat sft; label evaluate; chat label; --models PPO; --models TYPO
-chat; --out typo chat; --out typo label; --from typo.; --out file; --out file/x"""
+-1; --iterations -1; --sft_lr -0.1; --pretrain_batch 0; --n_layer 0; --n_embd 30 --n_head 4; --n_head 0;
+--k_min 1; --k_min 5 --k_max 4; --episodes 4 --minibatches 5; --block_size 16; --max_new_tokens 60; --sft_mix
+1; --sft_dropout 1; --ema 1.1; --lam 1.1; --temperature 0; --unfinished_score nan; --device typo; --ou x;
+--unfinished_score inf; chat sft; label evaluate; chat label; --models PPO; --models TYPO chat; --out typo
+chat; --out typo label; --from typo; --from .; --out file; --out file/x; collect; rlaif evaluate"""
 
 @pytest.mark.parametrize("words", FLAGS.split(";"))
 def test_bad_flags_are_one_line_and_nothing_is_written(words, home, tmp_path, monkeypatch):    # case 21
@@ -1517,6 +1517,8 @@ def test_own_data_hold_out_every_fourth_prompt_and_count_known_test_prompts(ther
     data, said = read_data(mine)
     assert [c["split"] for c in data.comparisons] == (["train"] * 6 + ["valid"] * 2) * 30
     assert " 3 of 43 " in said and "--test_prompts" in said
+    write_lines(mine / "rm_train.jsonl", known)  # for label alone: no stage is stale by it
+    assert "rm_train.jsonl" not in read_data(mine)[0].files and len(read_data(mine)[0].rm_prompts) == 3
     write_lines(mine / "comparisons.jsonl", [{**pairs[0], "split": "valid"}] + pairs)      # its word counts
     assert [c["split"] for c in read_data(mine)[0].comparisons] == ["valid"] + ["train"] * 240
 

@@ -1403,12 +1403,17 @@ def preferences(ranks):
     return [(i, j) for i in places for j in places if ranks[i] < ranks[j]]
 
 
-def your_agreement(comparisons, rng):
-    """A person's rankings against simulated labelers, one labeler per ranking. Over the pairs in which the
-    person has a preference: 1 where the labeler has the same, 0 where the opposite, 0.5 where none."""
+def your_agreement(comparisons, asked, rng):
+    """A person's rankings of answers to prompts of `asked`, against simulated labelers, one labeler per
+    ranking. Over the pairs in which the person has a preference: 1 where the labeler has the same, 0 where
+    the opposite, 0.5 where none."""
     people = make_labelers("train")
+    tasks = {prompt["prompt"]: prompt["task"] for prompt in asked}
     hits = []
     for comparison in comparisons:
+        if comparison["prompt"] not in tasks:
+            continue
+        comparison = {**comparison, "task": tasks[comparison["prompt"]]}
         labeler = rng.choice(people)
         ranks = rank(labeler, merits_of(comparison), comparison["responses"], rng)
         for i, j in preferences(comparison["ranks"]):
