@@ -1299,14 +1299,13 @@ def scores_of(cfg, reward_model, prompts, answers):
     return [score if answer.ended else cfg.unfinished_score for score, answer in zip(scores, answers)]
 
 @torch.no_grad()
-def kl_of(policy, reference, prompts, answers):
-    """k3 and k1 (nats per response) of each Answer of the policy: two lists. GPT's are only an indication:
-    where its line was cut, EOS took the newline's place, and the example of GPT (prompted) is left out."""
+def kl_of(policy, reference, prompts, responses):
+    """k3 and k1 (nats per response) of each response (ids) of the policy to its prompt: two lists."""
     device = reference.wte.weight.device
     k3, k1 = torch.zeros(2, len(prompts))                                       # (prompts,) each
-    lengths = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
+    lengths = [len(x) + len(y) for x, y in zip(prompts, responses)]
     for part in parts_by_length(lengths, tokens_at_once(device)):
-        tokens, mask, _ = stack([prompts[i] for i in part], [answers[i].ids for i in part], device)
+        tokens, mask, _ = stack([prompts[i] for i in part], [responses[i] for i in part], device)
         own = token_logprobs(policy, tokens, 1.0, mask)                         # (b,t-1)
         ref = token_logprobs(reference, tokens, 1.0, mask)                      # (b,t-1), 0 where own is
         k3[part] = kl_k3(own, ref).sum(1).cpu()
@@ -1357,7 +1356,9 @@ def measure(cfg, data, name, models, reward_model, sets, answers):
     """All numbers of a model: means over prompts, in ci95 their half-widths, and a few that are no means."""
     model, mine = models[name], answers[name]["tests"]
     prompts = [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
-    k3, k1 = kl_of(model, models["SFT"], prompts, mine)
+    # GPT's KL is an indication: of its line without the end, which it did not sample, and without an example.
+    responses = [answer.ids[:-1] if "GPT" in name else answer.ids for answer in mine]
+    k3, k1 = kl_of(model, models["SFT"], prompts, responses)
     lists = {"reward": scores_of(cfg, reward_model, prompts, mine), "kl": k3, "kl_k1": k1,
              "length": [len(answer.ids) for answer in mine], "ended": [answer.ended for answer in mine]}
     other = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -1897,7 +1898,7 @@ def chat(cfg, data, device, names):
     models = {name: finished(cfg, MODELS[name], enc, device) for name in names or there}
     sft_model = finished(cfg, "sft", enc, device)
     reward_model = finished(cfg, "rm", enc, device)
-    print("Ask; q quits. Reward: demonstrations are at 0; *: no end, so fixed. k1: log pi/pi_SFT, nats")
+    print("Ask; q quits. Reward: demonstrations are at 0, no end (...) is fixed. k1: log pi/pi_SFT, nats")
     while True:
         text = ask("> ")
         if text == "q":
@@ -1911,10 +1912,9 @@ def chat(cfg, data, device, names):
         print(f"{'reward':>15}{'k1':>7}")
         for name, model in models.items():
             answers = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line="GPT" in name)
-            _, (k1,) = kl_of(model, sft_model, [ids], answers)
+            _, (k1,) = kl_of(model, sft_model, [ids], [answers[0].ids])
             reward, = scores_of(cfg, reward_model, [ids], answers)
-            fixed = " " if answers[0].ended else "*"
-            print(f"{name:9}{reward:6.2f}{fixed}{k1:6.2f}  " + on_a_line(answers[0].text, answers[0].ended))
+            print(f"{name:9}{reward:6.2f}{k1:7.2f}  " + on_a_line(answers[0].text, answers[0].ended))
 
 
 # ------------------------------------------------------------------------------------------------------------
