@@ -1254,9 +1254,9 @@ def rank_by_gpt(cfg, enc, gpt, comparisons, probes):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Evaluation (section 4). Every model answers the same prompts with the same random numbers (but for GPT
-# prompted, whose longer prompts go through in other parts). Shares are 0..1.
-# What labelers and checker say comes from report() of data/toyworld.py. Here stands what needs the model.
+# Evaluation (section 4). Every model answers the same prompts with the same random numbers (but for GPT with
+# an example, whose longer prompts go through in other parts). Shares are 0..1. What labelers and checker say
+# comes from report() of data/toyworld.py. Here stands what needs the model.
 
 # name in the results -> stage
 MODELS = {"GPT": "pretrain", "FLAN": "flan", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx",
@@ -1343,7 +1343,8 @@ def corpus_losses(model, corpus, block_size):
 
 def question(cfg, data, name, model, sets):
     """A model answers all sets of prompts -> {set: Answers}. GPT (prompted) is GPT with a good example in
-    front of the prompt (3.5); what does not fit is cut at the front."""
+    front of the prompt (3.5); what does not fit is cut at the front. What is named GPT is no more than
+    pretrained and runs on, so it is cut to one line."""
     enc, room, answers = data.enc, cfg.block_size - cfg.max_new_tokens, {}
     generator = seed(cfg, "evaluate", 0, model.wte.weight.device)               # same prompts, same luck
     prefix = data.probes["prefix"] if name == "GPT (prompted)" else ""
@@ -1367,8 +1368,8 @@ def measure(cfg, data, name, models, reward_model, sets, answers):
         gpt_loss = corpus_losses(models["GPT"], data.corpus_valid, cfg.block_size)
         lists.update(pretrain_loss=loss, tax=[x - y for x, y in zip(loss, gpt_loss)])
     if data.world:
-        others = {key: answers[other]["tests"] for key, other in OPPONENTS.items() if other in answers}
-        lists.update(data.world.report(sets, answers[name], others, cfg.seed))
+        theirs = {key: answers[who]["tests"] for key, who in OPPONENTS.items() if who in answers}
+        lists.update(data.world.report(sets, answers[name], theirs, cfg.seed))
         other["gold_by_use_case"] = means_by([p["use_case"] for p in sets["tests"]], lists["gold"])
         tasks, requests = data.probes["fewshot"], {"basic": "", "respectful": data.probes["respect"]}
         other["fewshot"] = {task: few_shot(model, data.enc, items) for task, items in tasks.items()}
@@ -1892,7 +1893,8 @@ def label(cfg, data, device):
 
 def chat(cfg, data, device, names):
     """Models (names in the results; none: all that are there) answer typed questions greedily, side by side,
-    with the reward and with k1, which Eq. 2 charges: an estimate of the KL only where answers are samples."""
+    with the reward and with k1, log pi/pi_SFT of the answer and its end, which Eq. 2 charges. (GPT, which does
+    not end its answers, has a low one.) Greedy answers are no samples, so it is no estimate of the KL."""
     enc, room = data.enc, cfg.block_size - cfg.max_new_tokens
     there = [name for name, stage in MODELS.items() if os.path.exists(os.path.join(cfg.out, stage + ".pt"))]
     models = {name: finished(cfg, MODELS[name], enc, device) for name in names or there}
