@@ -1894,7 +1894,7 @@ def label(cfg, data, device):
 def chat(cfg, data, device, names):
     """Models (names in the results; none: all that are there) answer typed questions greedily, side by side,
     with the reward and with k1, log pi/pi_SFT of the answer and its end, which Eq. 2 charges. (GPT, which
-    does not end its answers, has a low one.) Greedy answers are no samples, so it does not estimate the KL."""
+    does not end its answers, has a low one.) Greedy answers are no samples: it does not estimate the KL."""
     enc, room = data.enc, cfg.block_size - cfg.max_new_tokens
     there = [name for name, stage in MODELS.items() if os.path.exists(os.path.join(cfg.out, stage + ".pt"))]
     models = {name: finished(cfg, MODELS[name], enc, device) for name in names or there}
