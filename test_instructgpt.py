@@ -280,8 +280,7 @@ def kill(monkeypatch, kills):
     monkeypatch.setattr(ig, "save", save)
     monkeypatch.setattr(ig, "time", SimpleNamespace(time=time))
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings (App. C)
+# ---- Settings (App. C) -------------------------------------------------------------------------------------
 
 def test_appendix_c_values_of_the_paper_stand_beside_the_toys():
     paper = {"sft_epochs": "16", "sft_lr": "9.65e-6", "rm_lr": "9e-6", "beta": "0.02", "ptx_coef": "27.8"}
@@ -324,8 +323,7 @@ def test_every_stage_and_step_has_a_seed_of_its_own():                 # case 9
     seeds = {ig.seed(SMALL, name, step).initial_seed() for name in names for step in range(20)}
     assert len(seeds) == 20 * len(names) and ig.seed(other, "sft").initial_seed() not in seeds
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokens and rows (3.2)
+# ---- Tokens and rows (3.2) ---------------------------------------------------------------------------------
 
 def test_section_32_prompt_and_response_are_tokens_of_the_page_they_make(enc):
     for prompt, response in (("Say moo.", "It says moo."), ("Say " + ig.EOT + " twice.", ig.EOT + " é🦊")):
@@ -365,8 +363,7 @@ def test_batches_and_parts_hold_every_row_once_and_little_filler():
     parts = ig.parts_by_length(lengths, 300)
     assert sorted(sum(parts, [])) == list(range(1000)) and len(parts) < 110
 
-# ------------------------------------------------------------------------------------------------------------
-# GPT (3.5)
+# ---- GPT (3.5) ---------------------------------------------------------------------------------------------
 
 def slow_gpt(w, c, row, conv1d=False):
     """The decoder for one row, every head and every position by itself -> (T,V). w: name -> tensor, c: its
@@ -415,8 +412,7 @@ def test_section_35_copies_share_nothing_and_frozen_models_have_no_dropout():
     assert not torch.equal(lm(tokens), lm(tokens)) and reward_model.config.dropout == 0
     assert ig.freeze(lm) is lm and torch.equal(lm(tokens), lm(tokens)) and not lm.wte.weight.requires_grad
 
-# ------------------------------------------------------------------------------------------------------------
-# Rollout (C.4)
+# ---- Rollout (C.4) -----------------------------------------------------------------------------------------
 
 def slow_rollout(model, prompt, luck, eos, temperature):
     """One row, no cache: a forward pass per token, picked by walking its distribution -> ids, log-probs."""
@@ -730,8 +726,7 @@ def test_section_c4_warmup_factor_starts_at_a_tenth_and_stays_at_1():
     assert [ig.warmup_factor(i, 10) for i in (0, 5, 10, 11, 500)] == pytest.approx([0.1, 0.55, 1, 1, 1])
     assert ig.warmup_factor(0, 0) == 1
 
-# ------------------------------------------------------------------------------------------------------------
-# Loops: what all need, steps 0 to 2, PPO and PPO-ptx (3.5, C.4)
+# ---- Loops: what all need, steps 0 to 2, PPO and PPO-ptx (3.5, C.4) ----------------------------------------
 
 def test_adamw_has_the_papers_betas_and_clip_and_step_clips_what_backward_left():
     model = tiny()
@@ -884,8 +879,7 @@ def test_section_c4_ppo_learns_to_raise_the_score(tmp_path):
     scores = [line["score"] for line in logged(cfg, "ppo")]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3
 
-# ------------------------------------------------------------------------------------------------------------
-# Neighbours: REINFORCE in PPO's place, DPO and KTO on the comparisons
+# ---- Neighbours: REINFORCE in PPO's place, DPO and KTO on the comparisons ----------------------------------
 
 def test_reinforce_gives_each_token_its_whole_episode_less_the_mean():
     rewards, mask = normal(3, 6), MASK[:3]
@@ -976,8 +970,7 @@ def test_dpo_and_kto_start_at_the_reference_and_learn_to_prefer(name, begin, enc
                     - sums(model, enc, "What is a hen?", "a cow.", False) for model in (trained, policy)]
     assert ours > theirs + 0.5
 
-# ------------------------------------------------------------------------------------------------------------
-# GPT-2's weights: small files in the published names and layout
+# ---- GPT-2's weights: small files in the published names and layout ----------------------------------------
 
 def published(vocab=40, width=128, positions=64, layers=2, dtype=torch.float32, prefix=""):
     """The tensors of a random GPT-2: weights (in,out), and the masks that old files hold."""
@@ -1066,8 +1059,7 @@ def test_gpt2_weights_and_a_small_rank_file_in_pretrainings_place(home, tmp_path
     write_weights(tmp_path / "gpt2.bin", published(301, 32, layers=1))
     refused(["ppo", "--out", tmp_path / "out"], "pretrain.pt", "init")
 
-# ------------------------------------------------------------------------------------------------------------
-# Data and errors: "case n" is a kind of input that once went wrong
+# ---- Data and errors: "case n" is a kind of input that once went wrong -------------------------------------
 
 def messages(*texts):
     return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, texts)]
@@ -1337,8 +1329,8 @@ def test_full_disk_is_one_line_and_what_was_there_is_whole(name, there):
 def test_what_is_not_trained_is_cut_by_tokens(there, monkeypatch):     # case 13
     data, hidden, seen = read_data(there / "mine")[0], ig.GPT.hidden, []
     cfg = replace(SMALL, out=str(there / "out"))
-    stages = ("pretrain", "sft", "rm")
-    gpt, sft_model, reward_model = [ig.finished(cfg, stage, data.enc, CPU) for stage in stages]
+    gpt, sft, rm = [ig.finished(cfg, stage, data.enc, CPU) for stage in ("pretrain", "sft", "rm")]
+    compared = spy(monkeypatch, "kl_of")
 
     def watching(self, tokens, cache=None, keep=None):
         if cache is None:
@@ -1347,8 +1339,19 @@ def test_what_is_not_trained_is_cut_by_tokens(there, monkeypatch):     # case 13
     monkeypatch.setattr(ig.GPT, "hidden", watching)
     monkeypatch.setattr(ig, "tokens_at_once", {CPU: 200}.__getitem__)
     with redirect_stdout(io.StringIO()):
-        ig.evaluate(cfg, data, {"GPT": gpt, "SFT": sft_model}, reward_model, data.comparisons[3::4])
+        results, answers = ig.evaluate(cfg, data, {"GPT": gpt, "SFT": sft}, rm, data.comparisons[3::4])
     assert len(seen) > 50 and max(seen) <= 200
+    losses = [results["models"][name]["pretrain_loss"] for name in ("GPT", "SFT")]
+    assert results["models"]["SFT"]["tax"] == pytest.approx(losses[1] - losses[0]) and losses[0] != losses[1]
+    ids = [[answer.ids for answer in answers[name]["tests"]] for name in ("GPT", "SFT")]
+    assert compared[0][0][3] == [y[:-1] for y in ids[0]] and compared[1][0][3] == ids[1]
+
+def test_section_35_gpt_is_cut_to_a_line_and_prompted_by_an_example(enc, monkeypatch):
+    asked, cfg = spy(monkeypatch, "respond"), replace(SMALL, block_size=48)
+    data = SimpleNamespace(enc=enc, probes={"prefix": "A cat.\n"})
+    for name, text in (("GPT", "dog"), ("GPT (prompted)", "A cat.\ndog"), ("SFT", "dog")):
+        ig.question(cfg, data, name, small_policy(enc), {"tests": [{"prompt": "dog"}]})
+        assert asked[-1][0][2] == [ig.encode_prompt(enc, text)] and asked[-1][0][-1] == ("GPT" in name)
 
 def test_out_of_memory_is_one_line_that_names_the_flags(there, monkeypatch):               # case 13
     def full(*_):
@@ -1370,8 +1373,7 @@ def test_number_that_is_not_finite_stops_the_run(stage, broken, toy, tmp_path, m
     assert done.code == 1 and done.err.count("\n") == 1 and " became nan" in done.err
     assert not {stage + ".pt", "results.json"} & set(os.listdir(out))
 
-# ------------------------------------------------------------------------------------------------------------
-# Folders: what a run remembers
+# ---- Folders: what a run remembers -------------------------------------------------------------------------
 
 def settings_of(folder):
     return json.loads((folder / "settings.json").read_text(encoding="utf-8"))["settings"]
@@ -1487,8 +1489,7 @@ def test_chat_and_label_never_write_settings(there, monkeypatch):      # cases 2
         assert ("no fox" in done.out) == (DATA in words)               # lamps there are
     assert files_of(out) == before
 
-# ------------------------------------------------------------------------------------------------------------
-# Own data
+# ---- Own data ----------------------------------------------------------------------------------------------
 
 def test_own_data_run_from_pretraining_to_results(home):
     out = home / "out"
@@ -1522,8 +1523,7 @@ def test_own_data_hold_out_every_fourth_prompt_and_count_known_test_prompts(ther
     write_lines(mine / "comparisons.jsonl", [{**pairs[0], "split": "valid"}] + pairs)      # its word counts
     assert [c["split"] for c in read_data(mine)[0].comparisons] == ["valid"] + ["train"] * 240
 
-# ------------------------------------------------------------------------------------------------------------
-# Runs and kills: the whole paper in miniature
+# ---- Runs and kills: the whole paper in miniature ----------------------------------------------------------
 
 MEASURES = set("""win_vs_sft win_vs_sft_heldout win_vs_sft_gold win_vs_gpt likert gold gold_by_use_case reward
     follows flawless constraint truthful truthful_informative hallucinates rude rude_respectful bias_bits
@@ -1554,8 +1554,8 @@ def test_run_leaves_what_it_promises(toy):
 @pytest.mark.parametrize("comparison, scores, wanted", [
     ({"ranks": [1, 2, 3]}, [2, 1, 0], {"accuracy": 1}), ({"ranks": [1, 2, 3]}, [0, 1, 2], {"accuracy": 0}),
     ({"ranks": [1, 2, 2]}, [1, 1, 0], {"accuracy": 0.75}),             # equal scores: half; a tie is no pair
-    ({"ranks": [1, 2, 3], "second_ranks": [2, 1, 2], "gold": [3, 3, 1]}, [2, 1, 0],    # opposite, alike, tied
-     {"accuracy": 1, "agreement": 0.5, "gold_accuracy": 1, "gold_accuracy_by_use_case": {"chat": 1}}),
+    ({"ranks": [1, 2, 3], "second_ranks": [2, 1, 2], "gold": [1, 3, 3]}, [2, 1, 0],    # opposite, alike, tied
+     {"accuracy": 1, "agreement": 0.5, "gold_accuracy": 0, "gold_accuracy_by_use_case": {"chat": 0}}),
     ({"responses": ["cow dog cat", "cow dog", "hen"], "ended": [False, False, True], "ranks": [2, 1, 3]},
      [5, 1, 0], {"accuracy": 1})])                                     # equal after the cut: no pair
 def test_reward_model_is_judged_by_pairs(comparison, scores, wanted, enc, monkeypatch):
@@ -1622,8 +1622,7 @@ def test_killed_process_goes_on(toy, tmp_path):
         assert command("pretrain", *on(toy / "mine", out), *more).code == 0
     assert_same_checkpoints(a, b, ["pretrain"])
 
-# ------------------------------------------------------------------------------------------------------------
-# label and chat through a pipe
+# ---- label and chat through a pipe -------------------------------------------------------------------------
 
 @pytest.fixture
 def desk(toy, tmp_path, monkeypatch):
@@ -1675,8 +1674,7 @@ def test_chat_answers_side_by_side_with_reward_and_k1(desk, enc):
     os.remove(desk.out / "rm.pt")
     refused(["chat", "--out", desk.out], "rm.pt")
 
-# ------------------------------------------------------------------------------------------------------------
-# The toy world, by the rules of section 3.2 and appendix A.2, and the picture
+# ---- The toy world, by the rules of section 3.2 and appendix A.2, and the picture --------------------------
 
 def test_files_of_the_toy_world_are_written_again_byte_for_byte(tmp_path):
     tw.main(out=str(tmp_path))
@@ -1721,8 +1719,7 @@ def test_each_healthy_run_lies_inside_the_band_of_the_others():
             above = {step: bounds[step][2] + 1 for step in values}     # this one would leave it at once
             assert picture.first_outside(above, bounds) == min(above)
 
-# ------------------------------------------------------------------------------------------------------------
-# The source
+# ---- The source --------------------------------------------------------------------------------------------
 
 def test_every_setting_is_a_flag_with_help_and_marks_a_stage_or_is_known_not_to(capsys):
     with pytest.raises(SystemExit, match="0"):
@@ -1779,8 +1776,7 @@ def test_golf_is_found_and_the_script_holds_none():
     places = golfed(read(HERE, "instructgpt.py"))
     assert not places, "\n" + "\n".join(f"{line}: {what}" for line, what in places)
 
-# ------------------------------------------------------------------------------------------------------------
-# Exercises (data/course.py)
+# ---- Exercises (data/course.py) ----------------------------------------------------------------------------
 
 course = ig.module_at(os.path.join(DATA, "course.py"))
 
@@ -1858,8 +1854,7 @@ def test_course_kl_estimates_are_what_the_screen_says():
     with pytest.raises(SystemExit):
         course.main(["judge", "gea"])            # no such exercise
 
-# ------------------------------------------------------------------------------------------------------------
-# bench: how fast each part is here. No test: python test_instructgpt.py bench --help
+# ---- bench: how fast each part is here. No test: python test_instructgpt.py bench --help -------------------
 
 Size = namedtuple("Size", "layers heads width vocab prompt new rows batch episodes minibatches")
 SIZES = {"toy": Size(2, 2, 128, 551, 32, 16, 64, 32, 64, 8),
@@ -1903,7 +1898,7 @@ def bench_training(model, size, device, rounds, line):
     once = 2 * n * T * weights_of(model)         # FLOPs of one forward pass
     cfg = ig.Config(max_new_tokens=size.new, block_size=T, episodes=n, minibatches=size.minibatches)
     reward = ig.freeze(ig.copy_of(model, "scalar"))
-    policy, value_net = ig.copy_of(model), ig.copy_of(reward)
+    policy, value_net = ig.copy_of(model), ig.copy_of(reward, "scalar")
     adams = ig.adamw(policy, 1e-5), ig.adamw(value_net, 1e-5)
     sampler = ig.Sampler(policy, n, T, size.new, -1, graph=device.type == "cuda")
     prompts = torch.randint(size.vocab, (n, size.prompt)).tolist()
