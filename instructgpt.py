@@ -1358,7 +1358,7 @@ def measure(cfg, data, name, models, reward_model, sets, answers):
     model, mine = models[name], answers[name]["tests"]
     prompts = [encode_prompt(data.enc, p["prompt"]) for p in sets["tests"]]
     # GPT's KL is an indication: of its line without the end, which it did not sample, and without an example.
-    responses = [answer.ids[:-1] if "GPT" in name else answer.ids for answer in mine]
+    responses = [answer.ids[:-1] if "GPT" in name and answer.ended else answer.ids for answer in mine]
     k3, k1 = kl_of(model, models["SFT"], prompts, responses)
     lists = {"reward": scores_of(cfg, reward_model, prompts, mine), "kl": k3, "kl_k1": k1,
              "length": [len(answer.ids) for answer in mine], "ended": [answer.ended for answer in mine]}
@@ -1496,10 +1496,11 @@ def read_text(path):
     with reading(path, TEXT) as at:
         with open(path, "rb") as f:
             raw = f.read().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        a_list = ".json" in path and raw.lstrip().startswith(b"[")              # may stand on one line
         lines = raw.split(b"\n")
         for at.line, line in enumerate(lines, 1):
             text = line.decode()
-            if "\0" in text or len(text) > LONGEST and not raw.lstrip().startswith(b"["):
+            if "\0" in text or len(text) > LONGEST and not a_list:
                 raise ValueError(f"{len(text):,} characters, {line.count(0)} of them NUL")
             lines[at.line - 1] = text if text.strip() else ""
         at.line = None
@@ -1607,7 +1608,7 @@ def read_rows(cfg, enc, path, text, kind, world=None):
             if all(fits) and all(text.strip() for text in typed):
                 rows.append(row)
     told = f"{path}: {n - len(rows)} of {n} rows left out, blank or too long (--block_size, --max_new_tokens)"
-    if text and not rows:
+    if text and not rows:                                  # of 0 rows: the list is empty
         raise UserError(told)
     if len(rows) < n:
         print(told)
@@ -1651,7 +1652,7 @@ class Data:
         if self.tests and not self.world:
             trained = {p["prompt"] for p in demos + self.rm_prompts + self.comparisons + self.rl_prompts}
             known = sum(p["prompt"] in trained for p in self.tests)
-            print(f"test.jsonl: {known} of {len(self.tests)} prompts are trained on; asked: --test_prompts")
+            print(f"test.jsonl: {known} of {len(self.tests)} prompts stand in other files (--test_prompts)")
         self.tests = self.tests[:cfg.test_prompts]
         self.corpus = self.read_corpus("pretrain.txt")
         self.corpus_valid = self.read_corpus("pretrain_valid.txt")
@@ -1698,8 +1699,8 @@ class Data:
         for split in ["train"] if self.world else ["train", "valid"]:
             part = [c for c in comparisons if c["split"] == split]
             if comparisons and not encode_comparisons(self.enc, part, self.cfg.max_new_tokens):
-                must = f"hold answers of unequal text and rank in the split {split}, so four prompts or more"
-                raise UserError(f"{self.path('comparisons.jsonl')}: must {must}; met {len(part)} without")
+                must = f"hold answers of unequal text and rank in the split {split}"
+                raise UserError(f"{self.path('comparisons.jsonl')}: must {must}; met {len(part)}, none such")
         return comparisons
 
 # What a folder remembers. A finished stage is stale if what it read is not the same any more: its settings,
@@ -1831,7 +1832,7 @@ def start_from_gpt2(cfg, enc, corpus, device):
 # You: rankings (3.4) and questions, typed.
 
 def ask(prompt):
-    """A line that the user types; "q" at the end of input (Ctrl-D). A pipe's line is shown as a typed one."""
+    """A line that the user types; "q" at the end of input (Ctrl-D)."""
     try:
         return input(prompt).strip()
     except EOFError:
@@ -1900,7 +1901,7 @@ def chat(cfg, data, device, names):
     models = {name: finished(cfg, MODELS[name], enc, device) for name in names or there}
     sft_model = finished(cfg, "sft", enc, device)
     reward_model = finished(cfg, "rm", enc, device)
-    print("Ask; q quits. Reward: demonstrations are at 0, no end (...) is fixed. k1: log pi/pi_SFT, nats")
+    print("Ask; q quits. Reward: demonstrations are at 0, unended (...) fixed. k1: log pi/pi_SFT, nats")
     while True:
         text = ask("> ")
         if text == "q":
@@ -1988,7 +1989,8 @@ def run(cfg, wanted, data, device, rival):
         report(cfg, job.seconds, gpt, results, samples(data, answers), world)
 
 def report(cfg, seconds, gpt, results, shown, world):
-    """Writes results.json, samples.txt and picture.svg; prints samples and table."""
+    """Writes results.json, samples.txt and picture.svg; prints samples, table, claims and how healthy the
+    curves look."""
     seconds = {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()}
     config = {**asdict(cfg), **asdict(gpt.config), "block_size": cfg.block_size, "torch": torch.__version__,
               "device": str(gpt.wte.weight.device), "threads": torch.get_num_threads()}
@@ -2059,7 +2061,7 @@ def check(cfg, a):
         if type(value) is not type(f.default) or type(value) is not str and not low <= value <= high:
             raise UserError(f"--{f.name}: must be {type(f.default).__name__}, {low} to {high:g}; met {value}")
     for right, told in (
-            ({*a.stages} <= {*READS, "chat", "label"}, f"{' '.join(a.stages)}: must be {', '.join(READS)}"),
+            ({*a.stages} <= {*READS, "chat", "label"}, f"{' '.join(a.stages)}: --help tells the stages"),
             (len(a.stages) < 2 or not {"chat", "label"} & {*a.stages}, "chat and label stand alone"),
             (not a.models or a.stages == ["chat"], "--models goes with chat"),
             (not a.source or remembered(a.source)[0], f"--from {a.source}: holds no run"),
@@ -2082,8 +2084,6 @@ def main(argv=None):
         data = Data(cfg, wanted & READS.keys())
         if not data.world and {"collect", "judged", "rm_rlaif", "rlaif"} & {*a.stages}:
             raise UserError(f"{' '.join(a.stages)}: only the toy world has labelers, and pages for RLAIF")
-        if not data.world and {"collect", "judged", "rm_rlaif", "rlaif"} & {*a.stages}:
-            raise UserError(f"{' '.join(a.stages)}: only the toy world has labelers and pages to judge by")
         if a.stages == ["chat"]:
             chat(cfg, data, device, a.models)
         elif a.stages == ["label"]:

@@ -169,7 +169,7 @@ def refused(words, *told):
     done = command(*words)
     assert done.code == 2, (done.code, done.out[-300:])
     assert done.err.count("\n") == 1 and len(done.err) < 800 and not CONTROL.search(done.err), done.err
-    assert all(str(word) in done.err for word in told), (told, done.err)
+    assert all(str(word) in done.err for word in told) and "UserError" not in done.err, (told, done.err)
     return done
 
 def write_lines(path, rows):
@@ -484,7 +484,7 @@ def test_section_c4_rollout_may_fill_the_block_but_not_exceed_it():
         with pytest.raises(ValueError, match="block"):
             ig.rollout(model, *wrong)
 
-def test_section_c4_pick_walks_the_distribution_and_stays_in_the_vocabulary():
+def test_section_c4_pick_and_log_softmax_walk_the_distribution_and_stay_in_the_vocabulary():
     logits = torch.tensor([[-math.inf, 1., 1., -math.inf]]).repeat(5, 1)
     u = torch.tensor([0., 0.4999, 0.5001, 0.75, 1 - 2 ** -24])         # the ends pick no impossible token
     before = logits.clone()
@@ -934,7 +934,7 @@ def first_loss(enc, folder, monkeypatch, train, stage):
 # of COMPARED: which question, which of its answers (no duplicates), how often it won less how often it lost
 KEPT = [(0, 0, 0), (0, 1, 2), (0, 2, -2), (1, 0, 1), (1, 1, -1), (2, 0, 2), (2, 2, -2), (2, 3, 0)]
 
-def test_dpo_trains_on_all_pairs_of_a_prompt_and_on_no_others(enc, tmp_path, monkeypatch):
+def test_train_dpo_takes_all_pairs_of_a_prompt_and_no_others(enc, tmp_path, monkeypatch):
     got, ratio = first_loss(enc, tmp_path, monkeypatch, ig.train_dpo, "dpo")
     losses = []
     for i, w, _ in KEPT:
@@ -1343,8 +1343,8 @@ def test_what_is_not_trained_is_cut_by_tokens(there, monkeypatch):     # case 13
     assert len(seen) > 50 and max(seen) <= 200
     losses = [results["models"][name]["pretrain_loss"] for name in ("GPT", "SFT")]
     assert results["models"]["SFT"]["tax"] == pytest.approx(losses[1] - losses[0]) and losses[0] != losses[1]
-    ids = [[answer.ids for answer in answers[name]["tests"]] for name in ("GPT", "SFT")]
-    assert compared[0][0][3] == [y[:-1] for y in ids[0]] and compared[1][0][3] == ids[1]
+    lines = [x.ids[:-1] if x.ended else x.ids for x in answers["GPT"]["tests"]]    # without the end
+    assert [args[3] for args, _ in compared] == [lines, [x.ids for x in answers["SFT"]["tests"]]]
 
 def test_section_35_gpt_is_cut_to_a_line_and_prompted_by_an_example(enc, monkeypatch):
     asked, cfg = spy(monkeypatch, "respond"), replace(SMALL, block_size=48)
@@ -1636,7 +1636,7 @@ def desk(toy, tmp_path, monkeypatch):
     prompts = [c["prompt"] for c in lines_of(toy, "mine", "rm_train.jsonl")]
     return SimpleNamespace(use=use, out=out, prompts=prompts)
 
-def test_label_asks_again_skips_saves_and_goes_on(desk, monkeypatch):
+def test_label_asks_again_skips_saves_and_goes_on(desk, toy, monkeypatch):
     texts = ["It says moo.", "It says woof.", "It says moo.", ""]
     answers = [ig.Answer([1], text, True) for text in texts]
 
@@ -1655,6 +1655,8 @@ def test_label_asks_again_skips_saves_and_goes_on(desk, monkeypatch):
     screen = desk.use("label", ["1 > 2 > 3", "s", "q"])[1]
     assert lines_of(desk.out, "labels.jsonl")[2]["prompt"] == desk.prompts[1]   # the skipped one comes again
     assert all(prompt.split("\n")[-1] in screen for prompt in desk.prompts[3:5])
+    yours = read_data(toy / "mine", comparisons=str(desk.out / "labels.jsonl"))[0].comparisons
+    assert [c["split"] for c in yours] == ["train"] * 3                # the simulated labelers' validate
 
 def test_chat_answers_side_by_side_with_reward_and_k1(desk, enc):
     typed = ["What does a fox say?", "", "cow " * 60, "What does a cow say?", "q"]
@@ -1671,6 +1673,8 @@ def test_chat_answers_side_by_side_with_reward_and_k1(desk, enc):
     assert float(lines[-1][9:15]) == pytest.approx(reward, abs=0.006)
     assert float(lines[-1][16:22]) == pytest.approx(k1, abs=0.006)
     assert lines[-1][24:] == ig.on_a_line(ig.decode_response(enc, ids), ended)
+    (desk.out / "small").write_text("".join(read(VOCAB).splitlines(keepends=True)[:300]))
+    refused(["chat", "--out", desk.out, "--encoding", desk.out / "small"], "pretrain.pt", "301 tokens")
     os.remove(desk.out / "rm.pt")
     refused(["chat", "--out", desk.out], "rm.pt")
 

@@ -290,7 +290,7 @@ def power_of_two(tick):
 
 
 def grid_x(axis, reads=plain):
-    """Upright lines at round numbers. Below them stands what `reads` makes of each, or of every second one
+    """Upright lines at round numbers. Below them stands what `reads` makes of each, or of every n-th one
     if there is no room for all."""
     ticks = axis.ticks()
     texts = [f"{reads(tick):.6g}" for tick in ticks]
@@ -336,7 +336,7 @@ def bars(values, colours, start, form):
 
 def curves(series, colours, bands=(), reads_x=plain, reads_y=plain):
     """{name: [(x, y), ...]}, x at least 0, as curves with a dot at their end, their names on the right.
-    Behind them stands each band, {x: (low, median, high)}, in grey."""
+    Behind them stands each band, {x: (low, median, high)}, from low to high in grey."""
     if not series:
         return []
     series = dict(list(series.items())[:MOST])
@@ -424,7 +424,7 @@ def all_curves(history, x, y, reach=REACH):
 
 def against_kl(models, history, logged, judged):
     """{name: its points over the root of KL}. What has no log of RL is a dot, by its evaluation. Along the
-    root reward rises about linearly (Bai et al. 2022). KL is k1, as k3 is far noisier."""
+    root reward rises about linearly (Bai et al. 2022). KL is k1, as k3 is noisier far from SFT."""
     series = all_curves(history, "k1", logged, 2 * REACH)
     for name in FROM_SFT:
         point = (number(models.get(name), "kl_k1"), number(models.get(name), judged))

@@ -1423,7 +1423,7 @@ def your_agreement(comparisons, asked, rng):
 
 def agreement(group, path=None):
     """Share of pairs of unequal answers on which one labeler agrees with another, where the other one has a
-    preference; a tie of the one counts half. Measured on the committed samples of an SFT model."""
+    preference; a tie of the one counts half. Measured on the committed samples of SFT models."""
     people = make_labelers(group)
     rng = random.Random("agreement")
     with open(path or os.path.join(HERE, "sft_samples.jsonl"), encoding="utf-8") as file:
