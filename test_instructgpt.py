@@ -1049,9 +1049,12 @@ def test_gpt2_weights_and_a_small_rank_file_in_pretrainings_place(home, tmp_path
     for wrong in ("--n_head 5", "--n_head 0", "--block_size 96"):      # 0: narrower than a head of 64
         refused([*own, *wrong.split()], "gpt2.bin", wrong.split()[0])
     refused([*own, "--init", VOCAB], VOCAB, "GPT-2")
+    textless = shutil.copytree(home / "mine", "mine", ignore=shutil.ignore_patterns("pretrain*"))
+    refused([*own, "--data", textless], "pretrain.txt")                # the SFT mix takes it
     assert not os.path.exists("out")                                   # all of that is told first
     done = command(*own)
     assert done.code == 0 and "2 layers, 4 heads of 8" in done.out
+    assert command(*own, "--data", textless, "--sft_mix", "0", "--out", "none").code == 0
     config = json.loads(read("out", "results.json"))["config"]
     assert (config["n_layer"], config["n_head"], config["n_embd"], config["vocab_size"]) == (2, 4, 32, 301)
     monkeypatch.chdir(home)                                            # a folder remembers whole paths
