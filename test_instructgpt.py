@@ -307,8 +307,8 @@ FLAGS = """
 --typo 1; typo; --beta; --beta cat; --beta -1; --beta nan; --beta inf; --episodes 1.5; --episodes 0; --n_layer
 0; --n_embd 30 --n_head 4; --n_head 0; --k_min 1; --k_min 5 --k_max 4; --episodes 4 --minibatches 5; --ou x;
 --block_size 16; --max_new_tokens 60; --sft_mix 1; --unfinished_score nan; --device typo; chat sft;
-chat label; label evaluate; --models PPO; --models TYPO chat; --out typo chat; --out typo label; --from typo; --from .;
---out file; --out file/x; collect; rlaif evaluate"""
+chat label; label evaluate; --models PPO; --models TYPO chat; --out typo chat; --out typo label; --from typo;
+--from .; --out file; --out file/x; collect; rlaif evaluate"""
 
 @pytest.mark.parametrize("words", FLAGS.split(";"))
 def test_bad_flags_are_one_line_and_nothing_is_written(words, home, tmp_path, monkeypatch):    # case 21
