@@ -22,8 +22,8 @@ SETTINGS = ("episodes", "minibatches", "policy_lr", "value_lr", "beta", "ptx_coe
             "n_embd", "n_layer", "pretrain_steps")       # where one of them differs, so does the band
 REACH = 2                           # curves are means over five iterations: one, and two on each side of it
 EVERY = 2                           # of such curves the reference keeps every second iteration
-WIDEN, NEARBY = 0.75, 2             # how far the band reaches beyond the healthy runs: see band(). With half a
-                                    # range one run of thirteen leaves the band of the others
+WIDEN, NEARBY = 0.6, 2              # how far the band reaches beyond the healthy runs: see band(). With half a
+                                    # range one of thirteen would leave the band of the others
 STREAK = 3                          # a curve leaves the band when it stays outside for so many of the kept
                                     # iterations: five in a row, so that one spike is not enough
 
