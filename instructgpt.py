@@ -1659,7 +1659,8 @@ class Data:
 
     def path(self, name):
         """The path of a file of the folder; that of comparisons.jsonl may come from --comparisons."""
-        return name == "comparisons.jsonl" and self.cfg.comparisons or os.path.join(self.folder, name)
+        named = self.cfg.comparisons if name == "comparisons.jsonl" else ""
+        return named or os.path.join(self.folder, name)
 
     def remember(self, name, content):
         """Files of the same content have the same fingerprint, wherever they lie."""
