@@ -1940,7 +1940,7 @@ def bench(argv, sizes=SIZES, rounds=5):
     device = ig.find_device(a.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     x, y = torch.randn(1024, 1024, device=device), torch.randn(2 ** 24, device=device)
-    flops = 2 * 1024 ** 3 / median(device, rounds, partial(torch.mm, x, x))
+    flops = 2 * 1024 ** 3 / median(device, 20 * rounds, partial(torch.mm, x, x))
     bandwidth = 2 * 4 * 2 ** 24 / median(device, rounds, y.clone)               # read and written
     numbers = {"device": name, "threads": THREADS, "torch": torch.__version__, "flops": flops,
                "bandwidth": bandwidth, "sizes": {}}
