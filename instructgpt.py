@@ -511,7 +511,7 @@ class Sampler:
                 self.step(width)                           # of the filled columns, one more each time
             else:
                 self.graph.replay()
-            if (width - longest) % 4 == 3 and not self.alive.any():      # the one look at the device
+            if (width - longest) % 4 == 3 and not self.alive.any():      # one look at the device in four
                 break
         return Rollout(self.tokens[:, :T].clone(), self.mask[:, :T - 1].clone(),
                        self.logprobs[:, :T - 1].clone(), lens.to(device), ~self.alive)
@@ -1895,8 +1895,9 @@ def label(cfg, data, device):
 
 def chat(cfg, data, device, names):
     """Models (names in the results; none: all that are there) answer typed questions greedily, side by side,
-    with the reward and with k1, log pi/pi_SFT of the answer and its end, which Eq. 2 charges. (GPT, which
-    does not end its answers, has a low one.) Greedy answers are no samples: it does not estimate the KL."""
+    with the reward and with k1, log pi/pi_SFT of the answer and its end, which Eq. 2 charges. Greedy answers
+    are no samples, so it does not estimate the KL. Where GPT's line was cut, GPT finds the end unlikely, and
+    k1 is low."""
     enc, room = data.enc, cfg.block_size - cfg.max_new_tokens
     there = [name for name, stage in MODELS.items() if os.path.exists(os.path.join(cfg.out, stage + ".pt"))]
     models = {name: finished(cfg, MODELS[name], enc, device) for name in names or there}
@@ -1916,8 +1917,8 @@ def chat(cfg, data, device, names):
         print(f"{'reward':>15}{'k1':>7}")
         for name, model in models.items():
             answers = respond(model, enc, [ids], cfg.max_new_tokens, None, 0, one_line="GPT" in name)
-            _, (k1,) = kl_of(model, sft_model, [ids], [answers[0].ids])
-            reward, = scores_of(cfg, reward_model, [ids], answers)
+            k1 = kl_of(model, sft_model, [ids], [answers[0].ids])[1][0]
+            reward = scores_of(cfg, reward_model, [ids], answers)[0]
             print(f"{name:9}{reward:6.2f}{k1:7.2f}  " + on_a_line(answers[0].text, answers[0].ended))
 
 

@@ -826,7 +826,7 @@ def gold(merits):
 
 def golds(prompts, texts, ended):
     """The true quality of one response to each prompt."""
-    return [gold(check(prompt["task"], *given)) for prompt, *given in zip(prompts, texts, ended)]
+    return [gold(check(prompt["task"], text, end)) for prompt, text, end in zip(prompts, texts, ended)]
 
 
 @dataclass(frozen=True)
